@@ -1,0 +1,206 @@
+"""Ray: connecting, sharing out resources, and running units of work over Ray Data.
+
+Every data stage is the same shape: a list of small descriptions of work (a file, a shard) goes in, Ray Data streams them
+through tasks or actors that read and write storage themselves, and small summaries come out. Text and vectors never
+travel through the driver.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from xdist.config import Cluster
+from xdist.errors import Refused
+from xdist.progress import Progress
+
+Item = dict[str, Any]
+
+
+@contextlib.contextmanager
+def connected(settings: Cluster) -> Iterator[None]:
+    """Ray for the length of the context: the cluster at `address`, the job's own, or a local one that ends with us."""
+    if not settings.verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read once, when ray is imported
+    import ray
+    import ray.data
+
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    with warnings.catch_warnings():
+        _quiet(settings.verbose)
+        local = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
+        ray.init(
+            address=address,
+            log_to_driver=settings.verbose,
+            logging_level=logging.INFO if settings.verbose else logging.ERROR,
+            runtime_env={"env_vars": _environment()},
+            **local,
+        )
+        _quiet(settings.verbose)  # Ray Data sets its own levels when it is imported
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = settings.verbose
+        context.print_on_execution_start = False
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _environment() -> dict[str, str]:
+    """Variables that workers need: quiet libraries, and hub settings of the driver."""
+    passed = {name: value for name, value in os.environ.items() if name in ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE")}
+    return passed | {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+
+
+def _quiet(verbose: bool) -> None:
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module="ray")
+
+
+def resources(settings: Cluster) -> tuple[int, float]:
+    """(CPUs, GPUs) of a training worker or teacher actor, from the settings or from what the cluster has."""
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+    cpus = settings.cpus_per_worker
+    if cpus is None:
+        cpus = 1 if gpus else max(1, int(total.get("CPU", 1)) // settings.workers)
+    return cpus, gpus
+
+
+def teacher_actors(settings: Cluster) -> int:
+    """How many teacher actors to start: one per GPU, or as many as training workers."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return settings.teacher_actors or gpus or settings.workers
+
+
+class Board:
+    """An actor that work reports to while it runs; the driver reads it for progress."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.lines: list[dict[str, Any]] = []
+
+    def count(self, key: str, value: int) -> None:
+        """Set how much one unit of work has done so far."""
+        self.counts[key] = value
+
+    def post(self, line: dict[str, Any]) -> None:
+        """Add a line for the driver."""
+        self.lines.append(line)
+
+    def read(self) -> tuple[int, list[dict[str, Any]]]:
+        """The sum of all counts, and the lines since the last call."""
+        lines, self.lines = self.lines, []
+        return sum(self.counts.values()), lines
+
+
+@contextlib.contextmanager
+def watched(handle: Callable[[int, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
+    """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
+    import ray
+
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(every):
+            with contextlib.suppress(ray.exceptions.RayError):
+                handle(*ray.get(board.read.remote(), timeout=30))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        ended.set()
+        thread.join(timeout=31)
+        with contextlib.suppress(ray.exceptions.RayError):
+            handle(*ray.get(board.read.remote(), timeout=30))
+        ray.kill(board)
+
+
+def stream(
+    items: list[Item], work: Callable[..., Any], progress: Progress, *, actors: int = 0, cpus: float = 1, gpus: float = 0, **arguments: Any
+) -> Iterator[Item]:
+    """Run `work(item, board, **arguments) -> dict` for each item over Ray Data, yielding results as they come.
+
+    With `actors` > 0, `work` is a class built once per actor with `arguments` and called with (item, board).
+    `board.count(key, n)` from within drives `progress`. A task that fails because its process or node died is run again.
+    """
+    import ray
+
+    if not items:
+        return
+    data = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
+    with watched(lambda done, _: progress.update(done)) as board:
+        if actors:
+            mapped = data.map_batches(
+                _Actor,
+                fn_constructor_kwargs={"make": work, "board": board, "arguments": arguments},
+                compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+                batch_size=1,
+                num_cpus=cpus,
+                num_gpus=gpus,
+            )
+        else:
+            mapped = data.map_batches(
+                _task, fn_kwargs={"work": work, "board": board, "arguments": arguments}, batch_size=1, num_cpus=cpus, num_gpus=gpus
+            )
+        try:
+            for row in mapped.iter_rows():
+                yield json.loads(row["result"])
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from None
+
+
+def _task(batch: dict[str, Any], work: Callable[..., Item], board: Any, arguments: dict[str, Any]) -> dict[str, list[str]]:
+    return {"result": [json.dumps(work(json.loads(item), RemoteBoard(board), **arguments)) for item in batch["item"]]}
+
+
+class _Actor:
+    def __init__(self, make: Callable[..., Any], board: Any, arguments: dict[str, Any]):
+        self.board, self.work = RemoteBoard(board), make(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"result": [json.dumps(self.work(json.loads(item), self.board)) for item in batch["item"]]}
+
+
+class RemoteBoard:
+    """The work's side of a Board: calls that return at once."""
+
+    def __init__(self, handle: Any):
+        self.handle = handle
+
+    def count(self, key: str, value: int) -> None:
+        """Set how much this unit of work has done so far."""
+        self.handle.count.remote(key, value)
+
+    def post(self, line: dict[str, Any]) -> None:
+        """Add a line for the driver."""
+        self.handle.post.remote(line)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The Refused inside Ray's wrapping, so that the user reads one message; otherwise the error itself."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, Refused):
+            return Refused(str(getattr(inner, "cause", inner)))
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error

@@ -1,0 +1,446 @@
+"""Settings: one YAML recipe describes a run, and any key can be overridden on the command line by its dotted name.
+
+Reads a recipe, writes nothing. Each field's docstring is its help text. Unknown keys, wrong types and contradictions are
+refused before anything starts, with the key, the file and the remedy. Secrets never go in a recipe: credentials come
+from the environment that the storage and tracking libraries read themselves.
+"""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from xdist.errors import Refused
+
+LOSSES = ("cosine", "similarity", "mse", "contrastive", "soft_contrastive")
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class Run(Section):
+    """The identity of a run: the same name and storage continue the same run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is <storage>/<name>."""
+    storage: str = "runs"
+    """Folder or URI (s3://, gs://, abfs://) that holds runs and the store of teacher vectors."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: order, new weights, samples, bootstrap."""
+
+
+class Corpus(Section):
+    """Parallel text: one file, a glob, a folder or a Hugging Face data set."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name used in counts, rejects and reports."""
+    path: str
+    """File, glob, folder or URI, relative to data.root; {lang} stands for the language. `hf://owner/name` reads a hub set."""
+    target_path: str | None = None
+    """Moses pairs: the file with the translations, line by line parallel to `path`; {lang} as in `path`."""
+    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "tmx", "moses", "hf", "phrases"] = "auto"
+    """Format; auto goes by the file's ending, seen through .gz, .bz2 and .zst."""
+    languages: list[str] | None = None
+    """Languages that this corpus has, where it lacks some of data.languages."""
+    codes: dict[str, str] = {}
+    """How this corpus spells a language where it differs, for {lang} and TMX: {es: es-LA}."""
+    source: str = "source"
+    """Column with the source text; {lang} stands for the source language, a dot enters a nested column (translation.en)."""
+    target: str = "target"
+    """Column with the translation; {lang} stands for the language."""
+    id: str | None = None
+    """Column with an id shared with evaluation tasks; see shares_ids_with."""
+    shares_ids_with: list[str] = []
+    """Evaluation tasks whose dev and test ids name rows of this corpus: those rows are kept out of training."""
+    where: dict[str, str | list[str]] = {}
+    """Keep only rows whose column has this value (or one of these values): {split: train}."""
+    weight: float = Field(1.0, gt=0)
+    """How many times each of its sequences is seen per epoch, on average, before language sampling."""
+    subset: str | None = None
+    """Hugging Face data sets: the configuration's name."""
+    split: str = "train"
+    """Hugging Face data sets: the split."""
+
+
+class Data(Section):
+    """Where text comes from and what is kept of it."""
+
+    root: str = "."
+    """Folder or URI that relative paths of corpora and tasks start from."""
+    source_language: str = "en"
+    """Language of the source side, which the teacher knows."""
+    languages: list[str] = Field(["es", "fr", "de"], min_length=1)
+    """Languages that the student learns, beside the source language."""
+    corpora: list[Corpus] = []
+    """The parallel corpora."""
+    min_chars: int = Field(2, ge=1)
+    """Shortest text kept, in characters."""
+    max_chars: int = Field(2000, ge=1)
+    """Longest text kept, in characters."""
+    max_length_ratio: float = Field(4.0, ge=1)
+    """Longest side over shortest side, in characters (8 characters are added to each, so that short terms pass)."""
+    detect_language: bool = False
+    """Drop rows whose text is not in the language it claims (lingua; install the `langid` extra)."""
+    temperature: float = Field(1.0, ge=1)
+    """Language sampling: share proportional to size ** (1 / temperature). 1 is natural, larger favours small languages."""
+    source_weight: float = Field(1.0, ge=0)
+    """How often a source sentence itself is seen per epoch, against 1 for a translation. 0 trains on translations only."""
+    holdout: int = Field(1000, ge=0)
+    """Source sentences (with translations) kept out of training to select the best checkpoint; at most 5 % of a shard."""
+    sample: float = Field(1.0, gt=0, le=1)
+    """Share of the source sentences to train on, chosen by hash, so that smaller samples are contained in larger ones."""
+    shards: int | None = Field(None, ge=1)
+    """Number of shards, a power of two; chosen from the input's size when not given."""
+    window: int = Field(8, ge=1)
+    """Shards shuffled together in training; memory holds two windows."""
+
+    @field_validator("shards")
+    @classmethod
+    def _power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
+            raise ValueError(f"must be a power of two, so that shards of different runs nest; try {1 << value.bit_length()}")
+        return value
+
+
+class Teacher(Section):
+    """The frozen English encoder."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence-transformers or plain Hugging Face checkpoint: hub id, folder, or package:NAME/FOLDER inside a Python package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    max_length: int = Field(256, ge=8)
+    """Longest input in tokens; the rest is cut off."""
+    prompt: str = ""
+    """Text put before every sentence, for teachers that were trained with one."""
+    batch_tokens: int = Field(16384, ge=64)
+    """Tokens, padding included, of one forward pass."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint carries. Only for checkpoints whose code you have read."""
+    allow_pickle: bool = False
+    """Read weights from pickle files (.bin), which can run code when read. Safetensors otherwise."""
+
+
+class Student(Section):
+    """The multilingual encoder to be trained."""
+
+    base: str = "teacher"
+    """`teacher` builds on the teacher's own layers; otherwise a checkpoint as for teacher.model."""
+    layers: list[int] | None = None
+    """Layers of the base to keep, counted from 0, for example [0, 2, 5]; all when not given."""
+    vocabulary: Literal["keep", "trim", "extend", "train"] = "keep"
+    """keep: the base's. trim: only those of its tokens that occur in the corpus. extend: a WordPiece teacher's tokens of the
+    source text plus new ones for the other languages. train: a new one trained on the corpus."""
+    vocabulary_size: int = Field(24000, ge=300)
+    """Size of an extended or trained vocabulary, in tokens."""
+    max_length: int = Field(128, ge=8)
+    """Longest input in tokens; the rest is cut off."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout while training. 0 by default: teacher vectors are noiseless targets."""
+
+
+class Train(Section):
+    """How the student is trained."""
+
+    steps: int | None = Field(None, ge=1)
+    """Length of training in optimiser steps; `epochs` decides when not given."""
+    epochs: float = Field(1.0, gt=0)
+    """Length of training in passes over the training sequences."""
+    batch_tokens: int = Field(4096, ge=16)
+    """Tokens of one optimiser step, over all workers."""
+    micro_batches: int = Field(1, ge=1)
+    """Batches that a step is cut into (gradient accumulation, workers); in-batch losses see one of these at a time."""
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    embedding_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the token embeddings where the vocabulary was trained anew; 4 × lr when not given."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up; linear decay to zero follows."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    loss: dict[str, float] = {"cosine": 1.0, "similarity": 10.0}
+    """Weight of each loss term: cosine, similarity, mse, contrastive, soft_contrastive."""
+    loss_temperature: float = Field(0.05, gt=0)
+    """Temperature of the contrastive losses."""
+    matryoshka: list[int] = []
+    """Prefix lengths of the vector at which the loss is taken as well, for example [128, 256]."""
+    evaluate_every: int = Field(500, ge=1)
+    """Steps between evaluations on held-out text."""
+    checkpoint_every: int = Field(250, ge=1)
+    """Steps between checkpoints: the most work that a kill can cost."""
+    log_every: int = Field(20, ge=1)
+    """Steps between lines of progress and logged metrics."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of teacher and student; auto takes bfloat16 where the hardware computes in it."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention kernel; auto takes eager on a CPU (its fused kernel is slow in backward on short text) and sdpa on a GPU."""
+
+    @field_validator("loss")
+    @classmethod
+    def _known_losses(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if name not in LOSSES:
+                raise ValueError(f"unknown loss {name!r}; {_closest(name, LOSSES)}")
+            if weight < 0:
+                raise ValueError(f"weight of {name} is negative")
+        if not any(value.values()):
+            raise ValueError("all weights are zero, so there is nothing to learn")
+        return value
+
+
+class Task(Section):
+    """A labelled or parallel evaluation set in plain TSV files with a header."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in tables and metrics."""
+    kind: Literal["classification", "retrieval", "sts"]
+    """classification: text, label. retrieval: rows of all languages joined by id. sts: two texts and a score."""
+    languages: list[str] | None = None
+    """Languages of the task where it lacks some; the source language and data.languages when not given."""
+    codes: dict[str, str] = {}
+    """How the task's paths and columns spell a language: {en: eng}."""
+    train: str | None = None
+    """Training rows (classification); {lang} stands for the language. Never decontaminated away."""
+    dev: str | None = None
+    """Development rows, used to select the checkpoint and kept out of training."""
+    test: str
+    """Test rows, used once at the end and kept out of training."""
+    text: str = "text"
+    """Column with the text; {lang} stands for the language. STS: the first sentence."""
+    text2: str = "text2"
+    """STS: column with the second sentence."""
+    label: str = "label"
+    """Classification: column with the class."""
+    score: str = "score"
+    """STS: column with the similarity that people gave."""
+    id: str | None = None
+    """Column with the id that is the same in every language; retrieval joins on it, row order otherwise."""
+    split: str | None = None
+    """Column that holds train, dev or test, where one file holds all three."""
+    shots: list[int] = []
+    """Classification: sizes of labelled samples in the target language for few-shot heads."""
+
+    @model_validator(mode="after")
+    def _needs_train(self) -> "Task":
+        if self.kind == "classification" and not self.train:
+            raise ValueError(f"classification task {self.name!r} needs `train`: the head is fitted on it")
+        return self
+
+
+class Evaluate(Section):
+    """What the teacher and the student are measured on."""
+
+    tasks: list[Task] = []
+    """The evaluation tasks."""
+    bootstrap: int = Field(1000, ge=0)
+    """Bootstrap resamples for 95 % confidence intervals."""
+    decontaminate: bool = True
+    """Keep dev and test text, on either side, out of the training text."""
+
+
+class Track(Section):
+    """Where MLflow writes."""
+
+    uri: str | None = None
+    """MLflow tracking URI; an SQLite file in run.storage when not given."""
+    experiment: str = "xdist"
+    """MLflow experiment."""
+
+
+class Cluster(Section):
+    """What the work runs on."""
+
+    address: str | None = None
+    """Ray address; a Ray of its own on this machine when not given (inside a Ray job: that cluster)."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs that a local Ray may use; all when not given."""
+    workers: int = Field(1, ge=1)
+    """Training workers."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs of a training worker or teacher actor; without GPUs, the machine's CPUs divided by the workers when not given."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs of a training worker or teacher actor; 1 where the cluster has any when not given."""
+    teacher_actors: int | None = Field(None, ge=1)
+    """Teacher actors; one per GPU, or as many as workers, when not given."""
+    verbose: bool = False
+    """Show Ray's own log lines and progress bars."""
+
+
+class Recipe(BaseSettings):
+    """One run, from corpora to report."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, nested_model_default_partial_update=True
+    )
+
+    run: Run = Run()
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    track: Track = Track()
+    cluster: Cluster = Cluster()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is written in the recipe or on the command line counts; the environment does not."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> "Recipe":
+        names = [corpus.name for corpus in self.data.corpora] + [task.name for task in self.evaluate.tasks]
+        tasks = {task.name for task in self.evaluate.tasks}
+        for name in names:
+            if names.count(name) > 1 and name not in tasks:
+                raise ValueError(f"data.corpora: two corpora are called {name!r}; give each its own name")
+        if len(tasks) < len(self.evaluate.tasks):
+            raise ValueError("evaluate.tasks: two tasks have the same name; give each its own")
+        for corpus in self.data.corpora:
+            for task in corpus.shares_ids_with:
+                if task not in tasks:
+                    raise ValueError(f"data.corpora.{corpus.name}.shares_ids_with: no task {task!r}; {_closest(task, tasks)}")
+            if corpus.shares_ids_with and not corpus.id:
+                raise ValueError(f"data.corpora.{corpus.name}: shares_ids_with needs `id`, the column with the ids")
+        if self.data.source_language in self.data.languages:
+            raise ValueError(f"data.languages: {self.data.source_language!r} is the source language; leave it out")
+        if self.data.min_chars > self.data.max_chars:
+            raise ValueError(f"data.min_chars {self.data.min_chars} is above data.max_chars {self.data.max_chars}")
+        if self.train.micro_batches % self.cluster.workers:
+            raise ValueError(
+                f"train.micro_batches {self.train.micro_batches} is not a multiple of cluster.workers {self.cluster.workers}: "
+                f"every worker takes the same number of micro-batches of a step; set train.micro_batches: {self.cluster.workers}"
+            )
+        if self.student.vocabulary in ("extend", "train") and self.student.base != "teacher":
+            raise ValueError(f"student.vocabulary: {self.student.vocabulary} needs student.base: teacher; for another checkpoint use trim or keep")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, absolute path or URI."""
+        return f"{self.run.storage}/{self.run.name}"
+
+    def located(self, path: str) -> str:
+        """A path of a corpus or task as an absolute path or URI."""
+        return absolute(path, self.data.root)
+
+    def task_languages(self, task: Task) -> list[str]:
+        """Languages that a task is measured in, the source language first."""
+        wanted = [self.data.source_language, *self.data.languages]
+        return [lang for lang in wanted if task.languages is None or lang in task.languages]
+
+
+def absolute(path: str, root: str = ".") -> str:
+    """`path` itself where it is a URI or absolute, else joined to `root` and made absolute."""
+    if "://" in path:
+        return path.rstrip("/")
+    if "://" in root:
+        return f"{root.rstrip('/')}/{path}"
+    return os.path.abspath(os.path.join(root, path))
+
+
+def parse(argv: Sequence[str], description: str, flags: dict[str, str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+    """Command line `RECIPE [--section.key VALUE …]` to a checked recipe. `flags` adds switches: name → help.
+
+    Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
+    """
+    parser = argparse.ArgumentParser(
+        description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", help="YAML recipe, for example recipes/demo.yaml")
+    for name, help_text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
+    cli: CliSettingsSource[Any] = CliSettingsSource(Recipe, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
+    args = parser.parse_args(argv)
+    overrides = cli(parsed_args=args)()
+    return load(args.recipe, overrides), args
+
+
+def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe file, with overrides as a nested dictionary."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise Refused(f"recipe {path} does not exist; recipes/ holds examples") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise Refused(f"recipe {path}: expected sections such as run: and data:, found {type(settings).__name__}")
+    return _anchored(check(_merged(settings, overrides or {}), str(path)))
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """Relative folders made absolute: workers run in folders of their own, and on other machines."""
+    settings = recipe.model_dump()
+    for section, key in (("run", "storage"), ("data", "root")):
+        settings[section][key] = absolute(settings[section][key])
+    for section, key in (("teacher", "model"), ("student", "base")):
+        if os.path.isdir(settings[section][key]):
+            settings[section][key] = os.path.abspath(settings[section][key])
+    return Recipe(**settings)
+
+
+def check(settings: dict[str, Any], origin: str) -> Recipe:
+    """Nested dictionary to a checked recipe; errors name `origin` and the key."""
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise Refused("\n".join(_explained(error, origin))) from None
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionary to (dotted key, value); named list entries (corpora, tasks) take their name as the key."""
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{dotted}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
+            for entry in value:
+                yield from flatten({k: v for k, v in entry.items() if k != "name"}, f"{dotted}.{entry['name']}.")
+        else:
+            yield dotted, value
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old → new` for each key whose value differs, apart from where things lie, run and are tracked."""
+    free = ("cluster.", "track.", "run.storage", "data.root")
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(free))
+    return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "loss"
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _explained(error: ValidationError, origin: str) -> Iterator[str]:
+    known = [key for key, _ in flatten(Recipe().model_dump())]
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key; {_closest(key, known)}"
+        yield f"{origin}: {key}: {message}" if key else f"{origin}: {message}"
+
+
+def _closest(name: str, known: Sequence[str] | set[str] | tuple[str, ...]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {found[0]}?" if found else f"known: {', '.join(sorted(known))}"

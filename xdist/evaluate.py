@@ -1,0 +1,168 @@
+"""Evaluate: the teacher, the student before training and the student after, in every language, with confidence intervals.
+
+Reads the tasks' files, writes <run>/evaluation.json: one row per task, language, model and measure. Texts are encoded on
+the cluster (GPUs where there are any); the measures are taken here.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from xdist import cluster, files, metrics, tasks
+from xdist.config import Recipe, Task
+from xdist.metrics import Score
+from xdist.progress import Progress
+
+MODELS = ("teacher", "before", "after")
+FEW_SHOT_SEEDS = 5
+BATCH_TOKENS = 16384  # of one forward pass
+
+Vectors = dict[str, np.ndarray]  # text → vector
+Row = dict[str, Any]
+
+
+def evaluate(recipe: Recipe) -> list[Row]:
+    """Rows {task, kind, language, model, metric, value, low, high, n}. Needs a connected Ray and a trained student."""
+    uri = f"{recipe.folder}/evaluation.json"
+    if files.exists(uri):
+        return list(files.read_json(uri))
+    if not recipe.evaluate.tasks:
+        files.write_json(uri, [])
+        return []
+    cpus, gpus = cluster.resources(recipe.cluster)
+    items = [{"model": model} for model in MODELS]
+    texts = _texts(recipe)
+    with Progress("evaluate", "texts", len(texts) * len(MODELS)) as progress:
+        arguments = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
+        for _ in cluster.stream(items, _encode_model, progress, cpus=cpus, gpus=gpus, **arguments):
+            pass
+    vectors = {model: dict(zip(texts, _load(recipe, model), strict=True)) for model in MODELS}
+    rows = [row for task in recipe.evaluate.tasks for row in _task_rows(recipe, task, vectors)]
+    files.write_json(uri, rows)
+    files.remove(f"{recipe.folder}/evaluation")
+    return rows
+
+
+def _texts(recipe: Recipe) -> list[str]:
+    """All texts of all tasks, each once, in a fixed order."""
+    found: dict[str, None] = {}
+    for task in recipe.evaluate.tasks:
+        for split in ("train", "test") if task.kind == "classification" else ("test",):
+            for lang in recipe.task_languages(task):
+                rows = tasks.read(recipe, task, split, lang)
+                found.update(dict.fromkeys(rows["text"] + rows.get("text2", [])))
+    return list(found)
+
+
+def _encode_model(item: Row, board: cluster.RemoteBoard, settings: dict[str, Any], threads: int) -> Row:
+    import tempfile
+
+    import torch
+
+    from xdist import encoder
+
+    recipe, model = Recipe(**settings), item["model"]
+    if threads:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        if model == "teacher":
+            folder, prompt, longest = encoder.located(recipe.teacher), recipe.teacher.prompt, recipe.teacher.max_length
+        else:
+            name = {"before": "initial", "after": "student"}[model]
+            folder, prompt, longest = files.download(f"{recipe.folder}/{name}", scratch), "", recipe.student.max_length
+        found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
+        vectors = found.encode(_texts(recipe), BATCH_TOKENS, lambda done: board.count(model, done), longest)
+    buffer = io.BytesIO()
+    np.save(buffer, vectors)
+    files.write(f"{recipe.folder}/evaluation/{model}.npy", buffer.getvalue())
+    return {"model": model}
+
+
+def _load(recipe: Recipe, model: str) -> np.ndarray:
+    return np.asarray(np.load(io.BytesIO(files.read(f"{recipe.folder}/evaluation/{model}.npy")), allow_pickle=False))
+
+
+def _task_rows(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Iterator[Row]:
+    measure = {"retrieval": _retrieval, "classification": _classification, "sts": _sts}[task.kind]
+    for model, lang, metric, score in measure(recipe, task, vectors):
+        yield {"task": task.name, "kind": task.kind, "language": lang, "model": model, "metric": metric, **asdict(score)}
+
+
+Found = Iterator[tuple[str, str, str, Score]]
+
+
+def _stack(texts: list[str], vectors: Vectors) -> np.ndarray:
+    return np.stack([vectors[text] for text in texts])
+
+
+def _mean(recipe: Recipe, outcomes: np.ndarray) -> Score:
+    return metrics.bootstrap(lambda rows: float(outcomes[rows].mean()), len(outcomes), recipe.evaluate.bootstrap, recipe.run.seed)
+
+
+def _retrieval(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
+    """Both directions by nearest cosine, and the error by margin (xsim), source language against each other one."""
+    texts, source = tasks.parallel(recipe, task, "test"), recipe.data.source_language
+    for model, known in vectors.items():
+        a = _stack(texts[source], known)
+        for lang in [lang for lang in texts if lang != source]:
+            b = _stack(texts[lang], known)
+            yield model, lang, f"accuracy_{source}_to_xx", _mean(recipe, metrics.retrieved(a, b))
+            yield model, lang, f"accuracy_xx_to_{source}", _mean(recipe, metrics.retrieved(b, a))
+            yield model, lang, "xsim_error", _mean(recipe, ~metrics.margin_retrieved(a, b))
+
+
+def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
+    """Zero-shot: a head fitted on the teacher's source-language vectors, on each model's vectors of each language.
+    Few-shot: heads fitted on a model's own vectors of a few labelled rows of the language, mean over five samples."""
+    source = recipe.data.source_language
+    rows = tasks.read(recipe, task, "train", source)
+    head = metrics.fit_head(_stack(rows["text"], vectors["teacher"]), rows["label"])
+    for lang in recipe.task_languages(task):
+        test = tasks.read(recipe, task, "test", lang)
+        for model, known in vectors.items():
+            predicted = head.predict(_stack(test["text"], known))
+            yield from ((model, lang, f"zero_shot_{name}", score) for name, score in _scored(recipe, head, test["label"], predicted))
+        if task.shots:
+            train = tasks.read(recipe, task, "train", lang)
+            for model, known in vectors.items():
+                yield from ((model, lang, name, score) for name, score in _few_shot(recipe, task, train, test, known))
+
+
+def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np.ndarray) -> Iterator[tuple[str, Score]]:
+    names = list(dict.fromkeys(head.classes + labels))
+    truth = np.array([names.index(label) for label in labels])
+    yield "accuracy", _mean(recipe, truth == predicted)
+    f1 = metrics.bootstrap(
+        lambda rows: metrics.macro_f1(truth[rows], predicted[rows], len(names)), len(truth), recipe.evaluate.bootstrap, recipe.run.seed
+    )
+    yield "macro_f1", f1
+
+
+def _few_shot(recipe: Recipe, task: Task, train: tasks.Rows, test: tasks.Rows, known: Vectors) -> Iterator[tuple[str, Score]]:
+    x, y = _stack(train["text"], known), _stack(test["text"], known)
+    for size in [size for size in task.shots if size <= len(train["text"])]:
+        outcomes = []
+        for seed in range(FEW_SHOT_SEEDS):
+            picked = metrics.few_shot(train["label"], size, np.random.default_rng([recipe.run.seed, seed]))
+            head = metrics.fit_head(x[picked], [train["label"][row] for row in picked])
+            outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(test["label"]))
+        yield f"few_shot_{size}_accuracy", _mean(recipe, np.mean(outcomes, axis=0))
+
+
+def _sts(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
+    """Spearman's correlation of the cosine with people's scores."""
+    from scipy.stats import spearmanr
+
+    for lang in recipe.task_languages(task):
+        rows = tasks.read(recipe, task, "test", lang)
+        wanted = np.array([float(score) for score in rows["score"]])
+        for model, known in vectors.items():
+            cosines = (_stack(rows["text"], known) * _stack(rows["text2"], known)).sum(1)
+
+            def correlation(picked: np.ndarray, cosines: np.ndarray = cosines) -> float:
+                return float(spearmanr(cosines[picked], wanted[picked]).statistic)
+
+            yield model, lang, "spearman", metrics.bootstrap(correlation, len(wanted), recipe.evaluate.bootstrap, recipe.run.seed)

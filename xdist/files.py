@@ -1,0 +1,174 @@
+"""Files on any storage: a local folder, or a URI that pyarrow or fsspec understands (s3://, gs://, abfs://, memory://).
+
+A file is written whole or not at all: locally by temporary name, fsync and rename; on object stores by one upload, which
+those stores make visible at once. So a file that exists is complete, and its existence is the marker that resume goes by.
+"""
+
+import contextlib
+import errno
+import functools
+import io
+import json
+import os
+import posixpath
+import secrets
+import shutil
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from xdist.errors import Refused
+
+
+@functools.lru_cache(maxsize=64)
+def _backend(scheme: str, authority: str) -> pafs.FileSystem:
+    try:
+        return pafs.FileSystem.from_uri(f"{scheme}://{authority}/x")[0]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        import fsspec
+
+        try:
+            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+        except (ImportError, ValueError) as error:
+            raise Refused(f"storage scheme {scheme}:// is not available: {error}") from None
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """A path or URI as (filesystem, path within it)."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), uri
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return pafs.LocalFileSystem(), parts.path
+    return _backend(parts.scheme, parts.netloc), f"{parts.netloc}{parts.path}".strip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Whether the path lies on this machine's own file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def exists(uri: str) -> bool:
+    """Whether a file is there."""
+    fs, path = resolve(uri)
+    return fs.get_file_info(path).type == pafs.FileType.File
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    fs, path = resolve(uri)
+    return int(fs.get_file_info(path).size or 0)
+
+
+def names(folder: str, suffix: str = "") -> list[str]:
+    """Sorted names of the files directly in a folder that end in `suffix`; none where the folder is missing."""
+    fs, path = resolve(folder)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(
+        posixpath.basename(info.path)
+        for info in found
+        if info.type == pafs.FileType.File and info.path.endswith(suffix) and not posixpath.basename(info.path).startswith(".tmp-")
+    )
+
+
+def read(uri: str) -> bytes:
+    """A file's bytes. Raises FileNotFoundError."""
+    fs, path = resolve(uri)
+    with fs.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """A file for random access; local files are mapped into memory."""
+    fs, path = resolve(uri)
+    return pa.memory_map(path) if isinstance(fs, pafs.LocalFileSystem) else fs.open_input_file(path)
+
+
+def write(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write a file whole or not at all. Raises Refused when the disk is full; nothing is left behind then."""
+    fs, path = resolve(uri)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        fs.create_dir(posixpath.dirname(path), recursive=True)
+        with fs.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Refused(f"{folder}: the disk is full while writing {name}; free space or change run.storage, then run again") from None
+        raise
+
+
+def read_json(uri: str) -> Any:
+    """A JSON file. Raises FileNotFoundError, and Refused where the file is damaged."""
+    try:
+        return json.loads(read(uri))
+    except ValueError as error:
+        raise Refused(f"{uri} is not valid JSON ({error}); delete it and run again") from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    """A JSON file, indented, written whole."""
+    write(uri, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """A Parquet file, written whole."""
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write(uri, buffer.getvalue())
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file. Raises Refused where it is damaged."""
+    import pyarrow.parquet as pq
+
+    try:
+        with open_input(uri) as stream:
+            return pq.read_table(stream, columns=columns)
+    except pa.ArrowInvalid as error:
+        raise Refused(f"{uri} is damaged ({error}); delete it and run again") from None
+
+
+def remove(uri: str) -> None:
+    """Remove a file or folder; nothing happens where there is none."""
+    fs, path = resolve(uri)
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif info.type == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def upload(folder: str, uri: str) -> None:
+    """Copy a local folder's files to a folder of the storage; a local target changes over in one rename."""
+    if not is_local(uri):
+        pafs.copy_files(folder, resolve(uri)[1], source_filesystem=pafs.LocalFileSystem(), destination_filesystem=resolve(uri)[0])
+        return
+    temporary = f"{uri}.tmp-{secrets.token_hex(4)}"
+    shutil.copytree(folder, temporary)
+    shutil.rmtree(uri, ignore_errors=True)
+    os.replace(temporary, uri)
+
+
+def download(uri: str, folder: str) -> str:
+    """A folder of the storage as a local folder: itself where it is local, else copied into `folder`."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    return folder

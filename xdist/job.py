@@ -1,0 +1,36 @@
+"""What every entry script does: parse, configure, call one function, give an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from xdist import config
+from xdist.config import Recipe
+from xdist.errors import Refused
+
+
+def run(description: str | None, work: Callable[..., None], flags: dict[str, str] | None = None) -> int:
+    """Run `work(recipe, **flags)`. Exit code 0, 2 for what the user can mend (told in one message), 130 for Ctrl-C."""
+    try:
+        recipe, args = config.parse(sys.argv[1:], description or "", flags)
+        work(recipe, **{name.replace("-", "_"): getattr(args, name) for name in flags or {}})
+    except Refused as error:
+        print(f"\nxdist: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nxdist: stopped; the same command continues this run", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def main(description: str | None, stage: str, flags: dict[str, str] | None = None) -> None:
+    """Entry of jobs/<stage>.py: imports the stages only when they run, so that --help answers at once."""
+
+    def work(recipe: Recipe, **options: bool) -> None:
+        from xdist import pipeline
+
+        getattr(pipeline, stage)(recipe, **options)
+
+    code = run(description, work, flags)
+    sys.stdout.flush()
+    os._exit(code) if code == 130 else sys.exit(code)

@@ -1,0 +1,110 @@
+"""Measures of sentence vectors. Pure numpy; vectors are unit length, float32, shape (n, dimension).
+
+Every measure comes as one outcome per item, so that the same function gives its bootstrap confidence interval.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+REGULARISATION = 10.0  # scikit-learn's C: unit vectors need a weaker penalty than its default
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure with its 95 % bootstrap confidence interval; n items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int, seed: int = 0) -> Score:
+    """`statistic` of item indices, on all n items and on resamples with replacement (percentile interval)."""
+    value = statistic(np.arange(n))
+    if not resamples:
+        return Score(value, value, value, n)
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Score(float(value), float(low), float(high), n)
+
+
+def nearest(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Index of the most similar key of each query, shape (n,), a block of queries at a time."""
+    found = [np.argmax(queries[start : start + BLOCK] @ keys.T, axis=1) for start in range(0, len(queries), BLOCK)]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def retrieved(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether the key at a query's own index is its nearest, bool (n,)."""
+    return nearest(queries, keys) == np.arange(len(queries))
+
+
+def margin_retrieved(queries: np.ndarray, keys: np.ndarray, neighbours: int = 4) -> np.ndarray:
+    """As `retrieved`, by margin: cosine over the mean cosine to the nearest neighbours of both sides (Artetxe & Schwenk
+    2019, 1811.01136). The error rate of this is xsim."""
+    k = min(neighbours, len(keys))
+    around_queries, around_keys = _neighbourhood(queries, keys, k), _neighbourhood(keys, queries, k)
+    out = np.empty(len(queries), dtype=bool)
+    for start in range(0, len(queries), BLOCK):
+        rows = slice(start, start + BLOCK)
+        margin = queries[rows] @ keys.T / ((around_queries[rows, None] + around_keys[None, :]) / 2)
+        out[rows] = np.argmax(margin, axis=1) == np.arange(start, start + len(margin))
+    return out
+
+
+def _neighbourhood(queries: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+    """Mean cosine of each query to its k nearest keys, shape (n,)."""
+    out = np.empty(len(queries), dtype=np.float32)
+    for start in range(0, len(queries), BLOCK):
+        cosines = queries[start : start + BLOCK] @ keys.T
+        out[start : start + BLOCK] = np.partition(cosines, -k, axis=1)[:, -k:].mean(1)
+    return np.maximum(out, 1e-6)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on frozen vectors."""
+
+    weights: np.ndarray
+    bias: np.ndarray
+    classes: list[str]
+
+    def predict(self, vectors: np.ndarray) -> np.ndarray:
+        """Class index of each vector, shape (n,)."""
+        return np.argmax(vectors @ self.weights.T + self.bias, axis=1)
+
+
+def fit_head(vectors: np.ndarray, labels: list[str]) -> Head:
+    """Multinomial logistic regression (scikit-learn, L2)."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=REGULARISATION, max_iter=2000).fit(vectors, labels)
+    weights, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    return Head(weights.astype(np.float32), bias.astype(np.float32), [str(name) for name in model.classes_])
+
+
+def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
+    """Mean F1 over the classes that occur in truth or prediction."""
+    table = np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    sizes = table.sum(0) + table.sum(1)
+    return float(np.mean(2 * table.diagonal()[sizes > 0] / sizes[sizes > 0]))
+
+
+def few_shot(labels: list[str], size: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of a class-stratified sample of about `size` rows: every class at least once where size allows it."""
+    names, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    wanted = np.maximum(1, np.floor(size * counts / counts.sum()).astype(int))
+    chosen = []
+    for place in range(len(names)):
+        rows = rng.permutation(np.flatnonzero(inverse == place))
+        chosen.append(rows[: wanted[place]])
+    picked = np.concatenate(chosen)
+    rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), picked))
+    return np.concatenate([picked, rest[: max(0, size - len(picked))]])

@@ -1,0 +1,191 @@
+"""The stages in order. Each job calls one function here; each stage does only what is not done yet.
+
+    prepare → build the student → plan → embed → tokenise → train → evaluate → report
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from xdist import cluster, corpus, files
+from xdist.config import Recipe, differing
+from xdist.corpus import Prepared
+from xdist.errors import Refused
+from xdist.progress import duration, say
+
+
+def settle(recipe: Recipe) -> None:
+    """Claim the run's folder for this recipe, or continue in it. Raises Refused where another recipe claimed it."""
+    uri = f"{recipe.folder}/recipe.yaml"
+    import yaml
+
+    settings = recipe.model_dump(mode="json")
+    if not files.exists(uri):
+        files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        return
+    differences = differing(yaml.safe_load(files.read(uri)), settings)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise Refused(
+            f"run {recipe.run.name} exists in {recipe.run.storage} with another recipe:\n  {listed}\n"
+            f"Give this one another name (--run.name …), or delete {recipe.folder}"
+        )
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Clean, group and shard the corpora."""
+    settle(recipe)
+    with cluster.connected(recipe.cluster):
+        return _prepare(recipe)
+
+
+def _prepare(recipe: Recipe) -> Prepared:
+    prepared = corpus.prepare(recipe)
+    rejected = sum(prepared.rejected.values())
+    say(f"          {prepared.pairs:,} pairs, {prepared.sentences:,} unique sentences, {rejected:,} rows rejected")
+    return prepared
+
+
+def embed(recipe: Recipe) -> None:
+    """Prepare, and embed what the store lacks."""
+    from xdist import embed as embedding
+    from xdist import encoder
+
+    settle(recipe)
+    with cluster.connected(recipe.cluster):
+        prepared = _prepare(recipe)
+        folder = encoder.located(recipe.teacher)
+        dimension = encoder.load(folder, "float32", "eager", recipe.teacher.trust_remote_code).dimension
+        embedded = embedding.embed(recipe, prepared, encoder.fingerprint(recipe.teacher, folder, dimension))
+    say(f"          {embedded.embedded:,} sentences embedded, {embedded.cached:,} were in the store")
+
+
+def distill(recipe: Recipe, plan: bool = False) -> None:
+    """Everything: from corpora to report. With `plan`, stop after the plan."""
+    from xdist import embed as embedding
+    from xdist import encoder, evaluate, planning, report, selection, shards, student, track, train
+    from xdist.store import VectorStore
+
+    started = time.monotonic()
+    settle(recipe)
+    folder = encoder.located(recipe.teacher)
+    with cluster.connected(recipe.cluster):
+        prepared = _prepare(recipe)
+        teacher = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
+        fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+        initial = student.build(recipe, folder, prepared)
+        if plan or not files.exists(f"{recipe.folder}/plan.json"):
+            untrained = encoder.load(student.local(initial), recipe.train.precision, recipe.train.attention)
+            made = planning.make(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint), recipe.cluster.workers)
+            planning.write(recipe, made)
+            planning.show(recipe, made)
+        if plan:
+            say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
+            return
+        with track.run(recipe, "distill") as run_id:
+            log = _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, _digests(recipe, prepared)))
+            embedded = embedding.embed(recipe, prepared, fingerprint)
+            _once(recipe, "embed", lambda: track.log_metrics({f"embed/{k}": float(v) for k, v in asdict(embedded).items()}))
+            _keep(recipe, embedded)
+            manifest = shards.cut(recipe, prepared, fingerprint, initial)
+            if not files.exists(f"{recipe.folder}/student/modules.json"):
+                selection.prepare(recipe, teacher)
+                best = train.train(recipe, manifest, run_id, track.uri_of(recipe))
+                train.export(recipe, best)
+            rows = evaluate.evaluate(recipe)
+            log = _once(recipe, "evaluation", lambda: track.log_metrics(report.as_metrics(rows)))
+            report.write(recipe, run_id)
+            if log or not files.exists(f"{recipe.folder}/logged/model.json"):
+                _once(recipe, "model", lambda: _log_results(recipe))
+    say(report.table(recipe, rows))
+    say(_next(recipe, time.monotonic() - started))
+
+
+def evaluate(recipe: Recipe) -> None:
+    """Measure a trained run anew, and write its report."""
+    from xdist import evaluate as evaluation
+    from xdist import report, track
+
+    settle(recipe)
+    _need_student(recipe)
+    files.remove(f"{recipe.folder}/evaluation.json")
+    with cluster.connected(recipe.cluster):
+        rows = evaluation.evaluate(recipe)
+    with track.run(recipe, "evaluate") as run_id:
+        track.log_metrics(report.as_metrics(rows))
+        report.write(recipe, run_id)
+    say(report.table(recipe, rows))
+
+
+def write_report(recipe: Recipe) -> None:
+    """Write the report of a finished run again."""
+    from xdist import report, track
+
+    settle(recipe)
+    _need_student(recipe)
+    with track.run(recipe, "report") as run_id:
+        report.write(recipe, run_id)
+    say(f"report    {recipe.folder}/report.html")
+
+
+def _need_student(recipe: Recipe) -> None:
+    if not files.exists(f"{recipe.folder}/student/modules.json"):
+        raise Refused(f"run {recipe.run.name} has no student in {recipe.folder} yet; run jobs/distill.py first")
+
+
+def _once(recipe: Recipe, name: str, work: Callable[[], object]) -> bool:
+    """Do what must not be done twice in one run's life (logging); tells whether it was done now."""
+    marker = f"{recipe.folder}/logged/{name}.json"
+    if files.exists(marker):
+        return False
+    work()
+    files.write_json(marker, {"at": time.time()})
+    return True
+
+
+def _keep(recipe: Recipe, embedded: object) -> None:
+    marker = f"{recipe.folder}/embed.json"
+    if not files.exists(marker):
+        files.write_json(marker, asdict(embedded))  # type: ignore[call-overload]
+
+
+def _digests(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
+    """A digest of each corpus as it was kept: pairs and rejects stand for its content."""
+    import xxhash
+
+    return {
+        name: xxhash.xxh3_64_hexdigest(
+            f"{prepared.corpora.get(name, 0)}/{sorted(rejected.items())}/{prepared.source_characters}".encode()
+        )
+        for name, rejected in prepared.rejected_by_corpus.items()
+    }
+
+
+def _log_results(recipe: Recipe) -> None:
+    import tempfile
+
+    from xdist import track
+
+    with tempfile.TemporaryDirectory() as scratch:
+        student = files.download(f"{recipe.folder}/student", os.path.join(scratch, "student"))
+        track.log_model(student, ["The patient has pneumonia.", "Der Patient hat eine Lungenentzündung."])
+        for name in ("recipe.yaml", "plan.json", "report.json", "report.html"):
+            path = os.path.join(scratch, name)
+            with open(path, "wb") as stream:
+                stream.write(files.read(f"{recipe.folder}/{name}"))
+            track.log_artifacts([path])
+        track.log_artifacts([files.download(f"{recipe.folder}/plots", os.path.join(scratch, "plots"))])
+
+
+def _next(recipe: Recipe, seconds: float) -> str:
+    from xdist import track
+
+    lines = [
+        f"Done in {duration(seconds)}. What to do next:",
+        f"  look at the report      {recipe.folder}/report.html",
+        f"  compare runs            mlflow ui --backend-store-uri {track.uri_of(recipe)}",
+        f"  use the student         SentenceTransformer({recipe.folder + '/student'!r}).encode([…])",
+        "  try another setting     the same command with --run.name other --train.lr 3e-4",
+    ]
+    return "\n".join(lines) + "\n"

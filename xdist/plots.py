@@ -1,0 +1,205 @@
+"""The report's pictures, with matplotlib: each as PNG and SVG bytes."""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from xdist.config import Recipe
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
+from matplotlib.figure import Figure  # noqa: E402
+
+COLOURS = {"teacher": "#9aa5b1", "before": "#e0b04c", "after": "#1f6f8b"}
+LABELS = {"teacher": "teacher", "before": "student before", "after": "student after"}
+PALETTE = ["#1f6f8b", "#e07a5f", "#81b29a", "#e0b04c", "#6d597a", "#9aa5b1", "#355070", "#b56576", "#43aa8b", "#577590"]
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ed", "axes.axisbelow": True,
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+    "svg.hashsalt": "xdist",
+}  # fmt: skip
+
+Picture = tuple[bytes, bytes]
+
+
+def draw(recipe: Recipe, found: dict[str, Any]) -> dict[str, Picture]:
+    """All pictures for which there is data, by name."""
+    drawers = {
+        "results": _results, "few_shot": _few_shot, "curves": _curves, "composition": _composition, "rejects": _rejects,
+        "lengths": _lengths, "projection": _projection,
+    }  # fmt: skip
+    out = {}
+    with matplotlib.rc_context(STYLE):
+        for name, drawer in drawers.items():
+            figure = drawer(recipe, found)
+            if figure is not None:
+                out[name] = _bytes(figure)
+                pyplot.close(figure)
+    return out
+
+
+def _bytes(figure: Figure) -> Picture:
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
+
+
+def _results(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Per task and language: the teacher, the student before and after, with 95 % intervals."""
+    from xdist.report import headline
+
+    rows = headline(found["evaluation"])
+    names = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    if not names:
+        return None
+    figure, axes = pyplot.subplots(1, len(names), figsize=(1.5 + 3.6 * len(names), 3.4), squeeze=False, sharey=True, layout="constrained")
+    for axis, (task, metric) in zip(axes[0], names, strict=True):
+        here = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        languages = list(dict.fromkeys(row["language"] for row in here))
+        for offset, model in enumerate(COLOURS):
+            bars = {row["language"]: row for row in here if row["model"] == model}
+            values = np.array([100 * bars[lang]["value"] for lang in languages])
+            spread = np.abs(np.array([[100 * bars[lang][side] for lang in languages] for side in ("low", "high")]) - values)
+            places = np.arange(len(languages)) + 0.27 * (offset - 1)
+            axis.bar(places, values, 0.25, yerr=spread, color=COLOURS[model], label=LABELS[model], error_kw={"lw": 1, "ecolor": "#444"})
+        english = [row for row in here if row["model"] == "teacher" and row["language"] == recipe.data.source_language]
+        if english:
+            axis.axhline(100 * english[0]["value"], color="#444", lw=1, ls="--")
+        axis.set_xticks(range(len(languages)), languages)
+        axis.grid(axis="x", visible=False)
+        axis.set_title(f"{task}\n{metric.replace('_', ' ')}")
+    axes[0][0].set_ylabel("× 100")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _few_shot(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Accuracy against the number of labelled sentences in the language."""
+    rows = [row for row in found["evaluation"] if row["metric"].startswith("few_shot_")]
+    panels = list(dict.fromkeys((row["task"], row["language"]) for row in rows if row["language"] != recipe.data.source_language))
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(1 + 3.4 * across, 0.6 + 2.7 * down), squeeze=False, sharey=True, layout="constrained")
+    for axis, (task, lang) in zip(axes.flat, panels, strict=False):
+        for model, colour in COLOURS.items():
+            here = [row for row in rows if (row["task"], row["language"], row["model"]) == (task, lang, model)]
+            sizes = [int(row["metric"].split("_")[2]) for row in here]
+            axis.plot(sizes, [100 * row["value"] for row in here], "o-", color=colour, label=LABELS[model])
+            axis.fill_between(sizes, [100 * row["low"] for row in here], [100 * row["high"] for row in here], color=colour, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_title(f"{task}, {lang}")
+        axis.set_xlabel("labelled sentences")
+    axes[0][0].set_ylabel("accuracy × 100")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _curves(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Loss, collapse measures, held-out scores and rate over the steps."""
+    curves = found["curves"]
+    if not curves.get("train/loss"):
+        return None
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 5.6), layout="constrained")
+    _line(axes[0, 0], curves, {"train/loss": "loss", "train/cosine": "cosine distance to the teacher"})
+    axes[0, 0].set_title("Training loss")
+    held_out = {name: name.removeprefix("held_out/") for name in curves if name.startswith("held_out/")}
+    _line(axes[0, 1], curves, held_out, marker="o")
+    axes[0, 1].set_title("Accuracy on held-out text")
+    _line(axes[1, 0], curves, {"train/student_rank": "effective rank of the student's batch"})
+    axes[1, 0].set_title("Spread of the student's vectors")
+    _line(axes[1, 1], curves, {"train/sequences_per_second": "texts per second"})
+    axes[1, 1].set_title("Speed")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    return figure
+
+
+def _line(axis: Any, curves: dict[str, Any], names: dict[str, str], marker: str = "") -> None:
+    for colour, (name, label) in zip(PALETTE * 3, names.items(), strict=False):
+        if curves.get(name):
+            axis.plot(*zip(*curves[name], strict=True), color=colour, label=label, marker=marker, ms=3, lw=1.5)
+    axis.legend(fontsize=8)
+
+
+def _composition(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Pairs by corpus and texts by language."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(3, len(found["prepared"]["corpora"]))), layout="constrained")
+    for axis, counts, title in ((axes[0], found["prepared"]["corpora"], "Pairs by corpus"), (axes[1], found["plan"]["languages"], "Texts by language")):
+        names = sorted(counts, key=lambda name: counts[name])
+        bars = axis.barh(names, [counts[name] for name in names], color=PALETTE[0])
+        axis.bar_label(bars, [f"{counts[name]:,}" for name in names], padding=3, fontsize=8)
+        axis.margins(x=0.18)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(title)
+    return figure
+
+
+def _rejects(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Rejected rows by reason and corpus."""
+    by_corpus = found["prepared"]["rejected_by_corpus"]
+    reasons = list(found["prepared"]["rejected"])[::-1]
+    if not reasons:
+        return None
+    figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.3 * len(reasons)), layout="constrained")
+    left = np.zeros(len(reasons))
+    for colour, (name, counts) in zip(PALETTE * 3, by_corpus.items(), strict=False):
+        values = np.array([counts.get(reason, 0) for reason in reasons])
+        if values.any():
+            axis.barh([reason.replace("_", " ") for reason in reasons], values, left=left, color=colour, label=name)
+            left += values
+    axis.grid(axis="y", visible=False)
+    axis.set_title("Rejected rows by reason")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _lengths(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Text lengths of the corpus by language, and of the tasks: a student learns the lengths that it is shown."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), layout="constrained", sharex=True)
+    for axis, histograms, title in (
+        (axes[0], found["plan"]["token_lengths"], "Corpus: tokens per text"),
+        (axes[1], found["task_lengths"], "Tasks: tokens per text"),
+    ):
+        for colour, (name, counts) in zip(PALETTE * 3, histograms.items(), strict=False):
+            share = np.array(counts) / max(1, sum(counts))
+            axis.plot(np.arange(len(share)), 100 * np.cumsum(share), color=colour, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("tokens (at most)")
+        axis.set_xlim(0, recipe.student.max_length)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("share of texts, %")
+    return figure
+
+
+def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
+    """Translations of a few held-out sentences: one colour a sentence, one sign a language."""
+    rows = found["projection"]
+    if not rows:
+        return None
+    figure, axis = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
+    signs = dict(zip([recipe.data.source_language, *recipe.data.languages], "*os^Dv<>ph" * 3, strict=False))
+    for row in rows:
+        colour = PALETTE[row["group"] % len(PALETTE)]
+        axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=150 if signs[row["language"]] == "*" else 50, alpha=0.85)
+        if row["language"] == recipe.data.source_language:
+            short = row["text"] if len(row["text"]) < 60 else row["text"][:57] + "…"
+            axis.annotate(short, (row["x"], row["y"]), xytext=(7, 7), textcoords="offset points", fontsize=8, color=colour)
+    for lang, sign in signs.items():
+        axis.scatter([], [], marker=sign, color="#444", label=lang)
+    axis.legend(ncols=len(signs))
+    axis.margins(0.12)
+    axis.set_title("Held-out sentences and their translations in the student's space (first two principal axes)")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    return figure

@@ -1,0 +1,59 @@
+"""Progress that a person can read: what is done, the rate, the time left. On a terminal one line is rewritten; in a log
+file or a job's output a line appears every few seconds."""
+
+import sys
+import time
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 3 min 20 s or 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def say(text: str = "") -> None:
+    """One line to the user, at once."""
+    print(text, flush=True)
+
+
+class Progress:
+    """Progress of one stage; used as a context. `total` may be unknown (None)."""
+
+    def __init__(self, stage: str, unit: str, total: int | None = None):
+        self.stage, self.unit, self.total = stage, unit, total
+        self.done, self.started, self.shown = 0, time.monotonic(), 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._show(last=True)
+
+    def update(self, done: int) -> None:
+        """Tell how much is done so far."""
+        changed, self.done = done != self.done, done
+        if changed and time.monotonic() - self.shown > (0.2 if self.terminal else 5.0):
+            self._show()
+
+    def _show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        parts = [f"{self.stage:<9} {self.done:>11,}"]
+        if self.total and not last:
+            parts.append(f"of {self.total:,} {self.unit}  {self.done / self.total:4.0%}")
+        else:
+            parts.append(self.unit)
+        parts.append(f"  {rate:,.0f}/s")
+        if last:
+            parts.append(f"  in {duration(now - self.started)}")
+        elif self.total and rate > 0:
+            parts.append(f"  {duration((self.total - self.done) / rate)} left")
+        end = "\n" if last or not self.terminal else "\r"
+        print(("\x1b[2K" if self.terminal else "") + " ".join(parts), end=end, flush=True)
+        self.shown = now

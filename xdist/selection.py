@@ -1,0 +1,73 @@
+"""Selection: which checkpoint is best. The mean of retrieval on held-out text and probe accuracy on dev sets, never the
+training loss.
+
+Reads <run>/holdout/ and the tasks' dev files, writes <run>/selection/ (heads fitted on the teacher's vectors).
+"""
+
+import io
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xdist import files, metrics, shards, tasks
+from xdist.config import Recipe
+from xdist.metrics import Head
+
+if TYPE_CHECKING:
+    from xdist.encoder import Encoder
+
+MOST_SENTENCES = 1000  # held-out sentences that are retrieved among each other
+
+
+def prepare(recipe: Recipe, teacher: "Encoder") -> None:
+    """Fit a head on the teacher's source-language training vectors for each classification task with a dev set."""
+    for task in recipe.evaluate.tasks:
+        uri = f"{recipe.folder}/selection/{task.name}.npz"
+        if task.kind == "classification" and task.dev and not files.exists(uri):
+            rows = tasks.read(recipe, task, "train", recipe.data.source_language)
+            head = metrics.fit_head(teacher.encode(rows["text"], max_length=recipe.teacher.max_length), rows["label"])
+            buffer = io.BytesIO()
+            np.savez(buffer, weights=head.weights, bias=head.bias, classes=np.frombuffer(json.dumps(head.classes).encode(), np.uint8))
+            files.write(uri, buffer.getvalue())
+
+
+def _head(uri: str) -> Head:
+    found = np.load(io.BytesIO(files.read(uri)), allow_pickle=False)
+    return Head(found["weights"], found["bias"], json.loads(found["classes"].tobytes()))
+
+
+class Judge:
+    """Scores a student; reads its texts once."""
+
+    def __init__(self, recipe: Recipe):
+        self.source = recipe.data.source_language
+        self.parallel: dict[str, dict[str, list[str]]] = {}
+        self.labelled: dict[str, tuple[Head, list[str], np.ndarray]] = {}
+        groups = shards.holdout(recipe.folder)
+        for lang in recipe.data.languages:
+            pairs = [(g["source"], g["texts"][g["languages"].index(lang)]) for g in groups if lang in g["languages"]][:MOST_SENTENCES]
+            if len(pairs) > 1:
+                self.parallel[f"retrieval/{lang}"] = {self.source: [s for s, _ in pairs], lang: [t for _, t in pairs]}
+        for task in recipe.evaluate.tasks:
+            if task.dev and task.kind == "retrieval":
+                texts = tasks.parallel(recipe, task, "dev")
+                for lang in [lang for lang in texts if lang != self.source]:
+                    self.parallel[f"{task.name}/{lang}"] = {self.source: texts[self.source], lang: texts[lang]}
+            elif task.dev and task.kind == "classification":
+                head = _head(f"{recipe.folder}/selection/{task.name}.npz")
+                for lang in [lang for lang in recipe.task_languages(task) if lang != self.source]:
+                    rows = tasks.read(recipe, task, "dev", lang)
+                    truth = np.array([head.classes.index(label) if label in head.classes else -1 for label in rows["label"]])
+                    self.labelled[f"{task.name}/{lang}"] = (head, rows["text"], truth)
+
+    def scores(self, student: "Encoder") -> dict[str, float]:
+        """Accuracy by name: retrieval (mean of both directions) and zero-shot classification, each in [0, 1]."""
+        found: dict[str, float] = {}
+        for name, sides in self.parallel.items():
+            a, b = (student.encode(texts) for texts in sides.values())
+            found[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
+        for name, (head, texts, truth) in self.labelled.items():
+            found[name] = float((head.predict(student.encode(texts)) == truth).mean())
+        return found
+

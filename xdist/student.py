@@ -1,0 +1,169 @@
+"""Build the student: a checkpoint, or the teacher's own layers, with a vocabulary that fits the corpus.
+
+Reads the base checkpoint and the prepared corpus, writes <run>/initial/: a sentence-transformers folder, untrained. Its
+vectors are unit length and as long as the teacher's; where the base's are not, a linear projection (Dense) is added.
+"""
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from xdist import encoder, files, vocabulary
+from xdist.config import Recipe, Student, Teacher
+from xdist.corpus import Prepared
+from xdist.errors import Refused
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MOST_SENTENCES = 400_000  # read for a vocabulary; more changes no vocabulary noticeably
+MOST_ALIGNED = 100_000  # pairs per language that word alignment reads
+
+
+def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
+    """The untrained student's folder; built once per run."""
+    uri = f"{recipe.folder}/initial"
+    if files.exists(f"{uri}/modules.json"):
+        return uri
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    folder = base_folder(recipe.student, recipe.teacher, teacher_folder)
+    base = encoder.sentence_transformer(folder, "eager", recipe.teacher.trust_remote_code)
+    body, tokenizer = base[0].auto_model, base.tokenizer
+    dimension = encoder.sentence_transformer(teacher_folder, "eager", recipe.teacher.trust_remote_code).get_embedding_dimension()
+    if recipe.student.layers is not None:
+        keep_layers(body, recipe.student.layers)
+    if recipe.student.vocabulary != "keep":
+        tokenizer = _fit_vocabulary(recipe, body, tokenizer, prepared)
+    set_dropout(body, recipe.student.dropout)
+    with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as whole:
+        body.save_pretrained(plain)
+        tokenizer.save_pretrained(plain)
+        transformer = Transformer(plain, max_seq_length=recipe.student.max_length)
+        width = body.config.hidden_size
+        modules: list[nn.Module] = [transformer, Pooling(width, pooling_mode=_pooling(base))]
+        kept = [copy.deepcopy(module) for module in base if type(module).__name__ == "Dense"]
+        out = kept[-1].out_features if kept else width
+        modules += kept
+        if out != dimension:
+            torch.manual_seed(recipe.run.seed)
+            modules.append(Dense(out, dimension, bias=False, activation_function=nn.Identity()))
+        SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save(whole, create_model_card=False)
+        files.upload(whole, uri)
+    return uri
+
+
+def base_folder(student: Student, teacher: Teacher, teacher_folder: str) -> str:
+    """Local folder of the checkpoint that the student starts from."""
+    return teacher_folder if student.base == "teacher" else encoder.located(teacher.model_copy(update={"model": student.base, "revision": None}))
+
+
+def keep_layers(body: Any, layers: list[int]) -> None:
+    """Drop all transformer layers but these. Raises Refused for a layer that is not there."""
+    count = body.config.num_hidden_layers
+    if not layers or any(not 0 <= layer < count for layer in layers) or sorted(set(layers)) != layers:
+        raise Refused(f"student.layers: {layers} must be rising numbers between 0 and {count - 1}: the base has {count} layers")
+    for parent in body.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                setattr(parent, name, nn.ModuleList(child[layer] for layer in layers))
+                body.config.num_hidden_layers = len(layers)
+                return
+    raise Refused(f"student.layers: {type(body).__name__} has no list of {count} layers; leave student.layers out")
+
+
+def set_dropout(body: Any, rate: float) -> None:
+    """The same dropout everywhere in the body, kept in its configuration."""
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if isinstance(getattr(body.config, key, None), float | int):
+            setattr(body.config, key, rate)
+    for module in body.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+def _pooling(base: "SentenceTransformer") -> Any:
+    found = [module for module in base if type(module).__name__ == "Pooling"]
+    return found[0].pooling_mode if found else "mean"
+
+
+def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepared) -> Any:
+    old, kind, size = tokenizer.backend_tokenizer, recipe.student.vocabulary, recipe.student.vocabulary_size
+    table = body.get_input_embeddings().weight.detach().numpy()
+    sources, translations = _sample(recipe, prepared)
+    others = {lang: [text for _, text in pairs] for lang, pairs in translations.items()}
+    everything = [*sources, *(text for texts in others.values() for text in texts)]
+    if kind == "trim":
+        fitted = vocabulary.trim(old, everything)
+    elif kind == "extend":
+        fitted = vocabulary.extend(old, sources, others, size)
+    else:
+        fitted = vocabulary.train(everything, size, _specials(tokenizer))
+        old_of = {fitted.tokenizer.token_to_id(token): tokenizer.convert_tokens_to_ids(token) for token in _specials(tokenizer).values()}
+        for new_id, old_id in old_of.items():
+            fitted.old_ids[new_id] = old_id
+    aligned = None
+    if (fitted.old_ids < 0).any():
+        pairs = (([source for source, _ in found], [text for _, text in found]) for found in (p[:MOST_ALIGNED] for p in translations.values()))
+        aligned = vocabulary.align(pairs, old, fitted.tokenizer, table)
+    rows = vocabulary.initial_rows(fitted, old, table, aligned)
+    return _install(body, tokenizer, fitted.tokenizer, rows)
+
+
+def _install(body: Any, tokenizer: Any, fitted: Any, rows: np.ndarray) -> Any:
+    """Put a new table and tokenizer in place of the old ones; special tokens keep their names."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fitted, model_max_length=tokenizer.model_max_length, **names)
+    padding = body.get_input_embeddings().padding_idx
+    if "roberta" in body.config.model_type and wrapped.pad_token_id != body.config.pad_token_id:
+        raise Refused("this base counts positions from its padding token's id, which the new vocabulary would move; use keep")
+    embeddings = nn.Embedding(*rows.shape, padding_idx=None if padding is None else wrapped.pad_token_id)
+    with torch.no_grad():
+        embeddings.weight.copy_(torch.from_numpy(rows))
+    body.set_input_embeddings(embeddings)
+    body.config.vocab_size = len(rows)
+    for role in ("pad", "bos", "eos", "cls", "sep"):
+        if getattr(body.config, f"{role}_token_id", None) is not None:
+            setattr(body.config, f"{role}_token_id", getattr(wrapped, f"{role}_token_id"))
+    return wrapped
+
+
+def _specials(tokenizer: Any) -> dict[str, str]:
+    roles = ("pad", "unk", "cls", "sep", "mask")
+    found = {role: getattr(tokenizer, f"{role}_token") for role in roles}
+    if None in (found["pad"], found["unk"], found["cls"], found["sep"]):
+        raise Refused("student.vocabulary: train needs a base with padding, unknown, class and separator tokens; use trim or keep")
+    return {role: token for role, token in found.items() if token is not None}
+
+
+def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """Source sentences, and (source, translation) pairs of each language, from as many shards as it takes."""
+    sources: list[str] = []
+    translations: dict[str, list[tuple[str, str]]] = {lang: [] for lang in recipe.data.languages}
+    for source, languages, texts in _groups(recipe, prepared):
+        sources.append(source)
+        for lang, text in zip(languages, texts, strict=True):
+            translations[lang].append((source, text))
+        if len(sources) >= MOST_SENTENCES:
+            break
+    return sources, translations
+
+
+def _groups(recipe: Recipe, prepared: Prepared) -> Iterator[tuple[str, list[str], list[str]]]:
+    for shard in range(prepared.shards):
+        table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["source", "languages", "texts"])
+        yield from zip(*(table[name].to_pylist() for name in ("source", "languages", "texts")), strict=True)
+
+
+def local(uri: str) -> str:
+    """The student's folder on this machine."""
+    return files.download(uri, os.path.join(tempfile.gettempdir(), "xdist-student", str(abs(hash(uri)))))

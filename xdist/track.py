@@ -1,0 +1,184 @@
+"""MLflow: one run per job, continued under the same id. The only module that imports mlflow.
+
+The driver opens the run, logs parameters, data sets, artifacts and the model; training's rank 0 adds curves by run id.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from xdist import config, files
+from xdist.config import Recipe
+from xdist.errors import Refused
+
+LIMIT = 500  # characters of a parameter's value
+
+
+def uri_of(recipe: Recipe) -> str:
+    """The tracking URI: the recipe's, or an SQLite file in run.storage, by absolute path."""
+    if recipe.track.uri:
+        return recipe.track.uri
+    if not files.is_local(recipe.run.storage):
+        raise Refused(f"track.uri: storage {recipe.run.storage} is no local folder, so MLflow needs a tracking server's URI here")
+    return f"sqlite:///{recipe.run.storage.removeprefix('file://')}/mlflow.db"
+
+
+def _quiet() -> None:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("mlflow", "mlflow.system_metrics.system_metrics_monitor", "mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted")
+
+
+def _experiment(client: Any, recipe: Recipe) -> str:
+    found = client.get_experiment_by_name(recipe.track.experiment)
+    if found:
+        return str(found.experiment_id)
+    artifacts = None if recipe.track.uri else f"{recipe.run.storage}/mlartifacts"
+    return str(client.create_experiment(recipe.track.experiment, artifact_location=artifacts))
+
+
+@contextlib.contextmanager
+def run(recipe: Recipe, job: str) -> Iterator[str]:
+    """The MLflow run of this job for the length of the context: a new one, or the one that an earlier start of the same
+    run opened. Gives its id. Raises Refused where the tracking store cannot be reached."""
+    import mlflow
+
+    _quiet()
+    uri, marker = uri_of(recipe), f"{recipe.folder}/mlflow.json"
+    if files.is_local(recipe.run.storage):
+        os.makedirs(recipe.run.storage, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    known = files.read_json(marker) if files.exists(marker) else {}
+    try:
+        client = mlflow.MlflowClient(uri)
+        mlflow.set_experiment(experiment_id=_experiment(client, recipe))
+        run_id = known.get("run_id") if known.get("uri") == uri else None
+        active = mlflow.start_run(run_id=run_id, run_name=None if run_id else recipe.run.name, log_system_metrics=True)
+    except Exception as error:
+        raise Refused(f"track.uri: MLflow cannot be reached at {uri}: {type(error).__name__}: {error}") from None
+    with active:
+        if not run_id:
+            files.write_json(marker, {"run_id": active.info.run_id, "uri": uri})
+            mlflow.set_tags({"xdist.job": job})
+            flat = {key: str(value)[:LIMIT] for key, value in config.flatten(recipe.model_dump(mode="json"))}
+            mlflow.log_params(flat)
+        yield active.info.run_id
+
+
+def log_corpora(recipe: Recipe, pairs: dict[str, int], digests: dict[str, str]) -> None:
+    """The corpora as MLflow data sets: name, digest, pairs that were kept. The data itself is not loaded."""
+    import mlflow
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+
+    for corpus in recipe.data.corpora:
+        source = resolve_dataset_source(recipe.located(corpus.path).replace("{lang}", "*"))
+        mlflow.log_input(MetaDataset(source, name=corpus.name, digest=digests[corpus.name]), context="training")
+    mlflow.log_metrics({f"data/{name}/pairs": count for name, count in pairs.items()})
+
+
+def log_metrics(metrics: dict[str, float]) -> None:
+    """Numbers of the whole run."""
+    import mlflow
+
+    mlflow.log_metrics(metrics)
+
+
+def log_artifacts(paths: list[str]) -> None:
+    """Files and folders of the run as artifacts."""
+    import mlflow
+
+    for path in paths:
+        if os.path.isdir(path):
+            mlflow.log_artifacts(path, os.path.basename(path))
+        elif os.path.exists(path):
+            mlflow.log_artifact(path)
+
+
+def log_model(folder: str, example: list[str]) -> str:
+    """The student as an MLflow model, with signature and example; gives its URI."""
+    import mlflow
+    import mlflow.sentence_transformers
+    from mlflow.models import infer_signature
+    from sentence_transformers import SentenceTransformer
+
+    student = SentenceTransformer(folder, device="cpu", local_files_only=True)
+    signature = infer_signature(example, student.encode(example))
+    info = mlflow.sentence_transformers.log_model(
+        model=student, name="student", signature=signature, input_example=example, pip_requirements=["sentence-transformers"]
+    )
+    return str(info.model_uri)
+
+
+class Metrics:
+    """Curves from training's rank 0, by run id, sent by a thread of its own so that training does not wait.
+
+    What cannot be sent is kept and tried again.
+    """
+
+    def __init__(self, uri: str, run_id: str):
+        import mlflow
+
+        _quiet()
+        self.client, self.run_id = mlflow.MlflowClient(uri), run_id
+        self.waiting: list[Any] = []
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Queue numbers of one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self.lock:
+            self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+
+    def flush(self) -> None:
+        """Send what waits, and end the thread."""
+        self.ended.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        while not self.ended.wait(2.0):
+            self._send()
+        self._send()
+
+    def _send(self) -> None:
+        with self.lock:
+            batch = self.waiting[:1000]
+        while batch:
+            try:
+                self.client.log_batch(self.run_id, metrics=batch)
+            except Exception as error:  # the server is away: keep the numbers, training goes on
+                logging.getLogger(__name__).warning("MLflow did not take %d metrics, they are kept: %s", len(batch), type(error).__name__)
+                return
+            with self.lock:
+                self.waiting = self.waiting[len(batch) :]
+                batch = self.waiting[:1000]
+
+
+def curves(recipe: Recipe, run_id: str, names: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each metric of a run, sorted by step; one value a step, the newest."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri_of(recipe))
+    found = {}
+    for name in names:
+        history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
+        found[name] = sorted({metric.step: metric.value for metric in history}.items())
+    return found
+
+
+def metric_names(recipe: Recipe, run_id: str) -> list[str]:
+    """Names of all metrics of a run."""
+    import mlflow
+
+    return sorted(mlflow.MlflowClient(uri_of(recipe)).get_run(run_id).data.metrics)

@@ -1,0 +1,299 @@
+"""Train: the student learns to meet the teacher's vectors, with Ray Train, on one worker or many.
+
+Reads <run>/shards/ and <run>/initial/, writes <run>/checkpoints/ (newest and best) and at the end <run>/student/. The
+order of batches is a pure function of (seed, epoch, step): a run killed at any moment goes on with the batch that came
+next, and ends in the same model.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from xdist import cluster, files, progress, selection, shards
+from xdist.batching import Position
+from xdist.config import Recipe, Train, check
+from xdist.errors import Collapsed, Refused
+from xdist.progress import say
+
+WORST = -1.0  # score of a checkpoint at which nothing was evaluated
+
+
+def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: str) -> str:
+    """Train, or go on training. Gives the folder of the best checkpoint. Needs a connected Ray.
+
+    Raises Collapsed when the student maps everything to nearly one point.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    cpus, gpus = cluster.resources(recipe.cluster)
+    order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, manifest)
+    total = order.total_steps()
+    say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {recipe.cluster.workers} worker(s)")
+    with cluster.watched(lambda _, lines: [say(_line(line, total)) for line in lines]) as board:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "settings": recipe.model_dump(mode="json"), "manifest": asdict(manifest), "total": total, "board": board,
+                "run_id": run_id, "tracking_uri": tracking_uri, "threads": 0 if gpus else cpus,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=recipe.cluster.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+            ),
+            run_config=RunConfig(
+                name="checkpoints",
+                storage_path=recipe.folder,
+                checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"),
+                failure_config=FailureConfig(max_failures=3),
+            ),
+        )  # fmt: skip
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _reason(error) from None
+    if result.return_value:
+        kind, message = json.loads(result.return_value)
+        raise Collapsed(message) if kind == "Collapsed" else Refused(message)
+    best = max(result.best_checkpoints, key=lambda found: found[1]["selection"])[0]
+    return f"{recipe.folder}/checkpoints/{os.path.basename(best.path)}"
+
+
+def _reason(error: Any) -> BaseException:
+    """What a worker refused, if that is why training failed; otherwise the error itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, Refused):
+            return failure
+    return error
+
+
+def _line(line: dict[str, Any], total: int) -> str:
+    if "selection" in line:
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in line["scores"].items())
+        return f"  held out at step {line['step']:,}: selection {line['selection']:.3f}   {scores}"
+    left = progress.duration((total - line["step"]) / max(line["steps_per_second"], 1e-9))
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
+    return (
+        f"  step {line['step']:>6,} of {total:,}  {line['step'] / total:4.0%}  loss {line['loss']:.4f}  {terms}  "
+        f"{line['sequences_per_second']:,.0f} texts/s  {line['tokens_per_second']:,.0f} tokens/s  {left} left"
+    )
+
+
+def _worker(config: dict[str, Any]) -> str | None:
+    """What each training worker runs. A lone worker hands back what the user can mend, instead of failing and being
+    started again; among several, the failure must reach the others."""
+    try:
+        _train_here(config)
+    except Refused as error:
+        if config["settings"]["cluster"]["workers"] > 1:
+            raise
+        return json.dumps([type(error).__name__, str(error)])
+    return None
+
+
+def _train_here(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from xdist import checkpoint, encoder, track
+
+    recipe, total = check(config["settings"], "recipe"), config["total"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    torch.manual_seed(recipe.run.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = files.download(f"{recipe.folder}/initial", scratch)
+        student = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
+    freeze_unused(student)
+    optimizer = make_optimizer(student, recipe)
+    position, best = Position(), WORST
+    resumed = ray.train.get_checkpoint()
+    if resumed:
+        with resumed.as_directory() as folder:
+            position, more = checkpoint.load(folder, student, optimizer)
+            best = more["best"]
+    model = ray.train.torch.prepare_model(student, move_to_device=False) if world > 1 else student
+    order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, shards.Manifest(**config["manifest"]))
+    judge = selection.Judge(recipe) if rank == 0 else None
+    meter = Meter(config["board"], track.Metrics(config["tracking_uri"], config["run_id"]) if rank == 0 else None, world)
+
+    for position, micro_batches in order.batches(position, rank, world):
+        learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
+        last = position.step == total
+        watched = last or position.step % recipe.train.log_every == 0
+        measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched)
+        meter.add(micro_batches)
+        if watched:
+            refuse_collapse(measured, position.step, recipe.train)
+            meter.log(position.step, measured, recipe.train.lr * learning_rate)
+        if last or position.step % recipe.train.evaluate_every == 0 or position.step % recipe.train.checkpoint_every == 0:
+            score = WORST
+            if judge and (last or position.step % recipe.train.evaluate_every == 0):
+                scores = judge.scores(student)
+                score = float(np.mean(list(scores.values()))) if scores else float(position.step)
+                best = max(best, score)
+                meter.evaluated(position.step, scores, score)
+            _report(ray.train, rank, student, optimizer, position, score, best)
+            meter.pause()
+        if last:
+            break
+    meter.close()
+
+
+def step(
+    model: Any, student: Any, optimizer: Any, micro_batches: list[shards.Batch], settings: Train, rate: float, world: int, measure: bool
+) -> dict[str, float]:
+    """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step."""
+    import contextlib
+
+    import torch
+
+    from xdist import collapse, loss
+
+    totals: dict[str, float] = {}
+    student.train()
+    for number, batch in enumerate(micro_batches):
+        ids, mask, t = (torch.from_numpy(array).to(student.device) for array in batch)
+        waiting = world > 1 and number + 1 < len(micro_batches)
+        with model.no_sync() if waiting else contextlib.nullcontext():
+            s = model(ids, mask)
+            value, terms = loss.total(s, t, settings.loss, settings.loss_temperature, settings.matryoshka)
+            (value / len(micro_batches)).backward()
+        if measure:
+            found = {"loss": value.detach(), **terms, **collapse.measure(s.detach(), t)}
+            totals = {name: totals.get(name, 0.0) + float(found[name]) / len(micro_batches) for name in found}
+    if measure:
+        totals["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
+    else:
+        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return totals
+
+
+def schedule(done: int, total: int, warmup: int) -> float:
+    """Share of the peak learning rate for the step after `done` steps: linear warm-up, then linear decay to zero."""
+    warmup = min(warmup, total // 2)
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    return (total - done) / max(1, total - warmup)
+
+
+def make_optimizer(student: Any, recipe: Recipe) -> Any:
+    """Fused AdamW; matrices decay, biases and norms do not; token embeddings have a rate of their own where they are new."""
+    import torch
+
+    table = student.model[0].auto_model.get_input_embeddings().weight
+    new_rows = recipe.student.vocabulary in ("extend", "train")
+    table_rate = (recipe.train.embedding_lr or 4 * recipe.train.lr) if new_rows else recipe.train.lr
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad and parameter is not table]
+    groups = [
+        {"params": [table], "peak": table_rate, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "peak": recipe.train.lr, "weight_decay": recipe.train.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "peak": recipe.train.lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.train.lr, fused=True)
+
+
+def freeze_unused(student: Any) -> None:
+    """The body's own pooler gets no gradient (vectors are pooled from tokens): DDP must not wait for it."""
+    pooler = getattr(student.model[0].auto_model, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)
+
+
+def refuse_collapse(measured: dict[str, float], done: int, settings: Train) -> None:
+    """Stop a student that maps everything to nearly one point, once it has had time to spread. Raises Collapsed."""
+    if done <= 2 * settings.warmup_steps + settings.log_every:
+        return
+    cosine, rank = measured["student_cosine"], measured["student_rank"]
+    if cosine > 0.95 and cosine > measured["teacher_cosine"] + 0.1 or rank < 0.05 * measured["teacher_rank"] or math.isnan(cosine):
+        raise Collapsed(
+            f"the student collapsed at step {done}: mean cosine between its vectors {cosine:.3f} (teacher {measured['teacher_cosine']:.3f}), "
+            f"effective rank {rank:.1f} (teacher {measured['teacher_rank']:.1f}). Lower train.lr (now {settings.lr}), "
+            "raise train.warmup_steps, or give train.loss.similarity a weight"
+        )
+
+
+def _report(api: Any, rank: int, student: Any, optimizer: Any, position: Position, score: float, best: float) -> None:
+    """Every rank reports as often as every other; rank 0 brings the checkpoint."""
+    from xdist import checkpoint
+
+    if rank != 0:
+        api.report({"selection": score})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, student, optimizer, position, best=best)
+        api.report({"selection": score, "step": position.step}, checkpoint=api.Checkpoint.from_directory(folder))
+
+
+class Meter:
+    """Rates and metrics of rank 0, to the driver's terminal and to MLflow. Evaluation and checkpoints do not count as
+    training time."""
+
+    def __init__(self, board: Any, metrics: Any, world: int):
+        self.board = cluster.RemoteBoard(board) if metrics else None
+        self.metrics, self.world = metrics, world
+        self.pause()
+
+    def pause(self) -> None:
+        """Begin to measure anew."""
+        self.started, self.sequences, self.tokens, self.steps = time.monotonic(), 0, 0, 0
+
+    def add(self, micro_batches: list[shards.Batch]) -> None:
+        """Count one step's texts and tokens."""
+        self.sequences += sum(len(batch.ids) for batch in micro_batches)
+        self.tokens += sum(int(batch.mask.sum()) for batch in micro_batches)
+        self.steps += 1
+
+    def log(self, step_: int, measured: dict[str, float], learning_rate: float) -> None:
+        """Send the mean rates since the last call and the measures of this step."""
+        if not self.board:
+            return
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rates = {
+            "sequences_per_second": self.world * self.sequences / seconds,
+            "tokens_per_second": self.world * self.tokens / seconds,
+            "steps_per_second": self.steps / seconds,
+        }
+        terms = {name: measured[name] for name in measured if name in ("cosine", "similarity", "mse", "contrastive", "soft_contrastive")}
+        self.board.post({"step": step_, "loss": measured["loss"], "terms": terms, **rates})
+        self.metrics.log({f"train/{name}": value for name, value in ({**measured, **rates, "lr": learning_rate}).items()}, step_)
+        self.pause()
+
+    def evaluated(self, step_: int, scores: dict[str, float], score: float) -> None:
+        """Send the scores on held-out text."""
+        if self.board:
+            self.board.post({"step": step_, "selection": score, "scores": scores})
+            self.metrics.log({f"held_out/{name}": value for name, value in scores.items()} | {"held_out/selection": score}, step_)
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self.metrics:
+            self.metrics.flush()
+
+
+def export(recipe: Recipe, checkpoint_folder: str) -> str:
+    """Write <run>/student/ from a checkpoint's weights; the sentence-transformers folder that users load."""
+    from xdist import checkpoint, encoder
+
+    uri = f"{recipe.folder}/student"
+    with tempfile.TemporaryDirectory() as scratch:
+        initial = files.download(f"{recipe.folder}/initial", os.path.join(scratch, "initial"))
+        student = encoder.load(initial, "float32", recipe.train.attention, recipe.teacher.trust_remote_code)
+        checkpoint.load_weights(files.download(checkpoint_folder, os.path.join(scratch, "checkpoint")), student)
+        whole = os.path.join(scratch, "whole")
+        student.model.save(whole, create_model_card=False)
+        files.upload(whole, uri)
+    return uri
