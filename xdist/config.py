@@ -66,6 +66,8 @@ class Corpus(Section):
     """Keep only rows whose column has this value (or one of these values): {split: train}."""
     weight: float = Field(1.0, gt=0)
     """How many times each of its sequences is seen per epoch, on average, before language sampling."""
+    max_rows: int | None = Field(None, ge=1)
+    """Read only this many rows of each file, from its beginning."""
     subset: str | None = None
     """Hugging Face data sets: the configuration's name."""
     split: str = "train"
@@ -139,8 +141,8 @@ class Student(Section):
     layers: list[int] | None = None
     """Layers of the base to keep, counted from 0, for example [0, 2, 5]; all when not given."""
     vocabulary: Literal["keep", "trim", "extend", "train"] = "keep"
-    """keep: the base's. trim: only those of its tokens that occur in the corpus. extend: a WordPiece teacher's tokens of the
-    source text plus new ones for the other languages. train: a new one trained on the corpus."""
+    """keep: the base's. trim: only those of its tokens that occur in the corpus. extend: a WordPiece teacher's own tokens
+    plus new ones for the other languages. train: a new one trained on the corpus."""
     vocabulary_size: int = Field(24000, ge=300)
     """Size of an extended or trained vocabulary, in tokens."""
     max_length: int = Field(128, ge=8)

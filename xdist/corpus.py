@@ -223,7 +223,11 @@ def _file_tables(unit: dict[str, Any], corpus: Corpus, data: Data, folder: str) 
     columns = [source, *targets.values()] + ([] if by_code else [*([corpus.id] if corpus.id else []), *corpus.where])
     sides = {"source": data.source_language, "target": next(iter(codes.values()))}
     options = {"target_path": unit["target_path"], "languages": sides, "subset": corpus.subset, "split": corpus.split}
+    left = corpus.max_rows
     for chunk in formats.read(unit["path"], unit["format"], list(dict.fromkeys(columns)), **options):
+        if left is not None:
+            chunk = chunk.first(left)
+            left -= len(chunk.lines)
         keep = _where(chunk, corpus)
         for lang, target in targets.items():
             if keep.any():
@@ -233,6 +237,8 @@ def _file_tables(unit: dict[str, Any], corpus: Corpus, data: Data, folder: str) 
                 yield _filtered(lang, lines, *sides_, ids, corpus, unit["path"], data, folder)
         if chunk.bad:
             yield _bad_rows(chunk, corpus, unit)
+        if left == 0:
+            return
 
 
 def _where(chunk: formats.Chunk, corpus: Corpus) -> np.ndarray:

@@ -42,6 +42,10 @@ class Chunk:
     columns: dict[str, list[str]] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
 
+    def first(self, rows: int) -> "Chunk":
+        """The first rows alone; bad rows stay."""
+        return Chunk(self.lines[:rows], {name: values[:rows] for name, values in self.columns.items()}, self.bad)
+
 
 def format_of(path: str, target_path: str | None, declared: str) -> str:
     """The format of a file, by its declaration or its ending. Raises Refused for an unknown ending."""

@@ -20,7 +20,7 @@ CASES = ("nom", "acc", "dat", "gen")
 FORMS = {*CASES, "bare", "def", "indef", "generic", "partitive", "after_de", "plain", "adjective"}
 MODIFIERS = {"severity", "course", "levels", "ages", "site"}
 ADVERBIALS = {"since", "when", "after", "follow", "often"}  # pools without gender marks
-KINDS = frozenset("sidetmncgpbFM")
+KINDS = frozenset("sidetmncgpbvFM")
 PATIENCE = 40  # draws without a new phrase before a pattern counts as exhausted
 SLOT = re.compile(r"<(\w+)((?: [^<>]+)?)>")
 AGREEMENT = re.compile(r"\b([mf]p?|s|p):")
@@ -117,8 +117,8 @@ class Grammar:
                        for pool, rows in common["pools"].items()}
         self.shared |= {pool: [read_entry(row, pool, inflected=False) for row in rows]
                         for pool, rows in (common["adjectives"] | {"sides": common["sides"]}).items()}
-        self.shared["site"] = [Entry(read_entry(row, group).nouns, frozenset([group]))
-                               for group, rows in common["sites"].items() for row in rows]
+        sites = [(group, read_entry(row, group)) for group, rows in common["sites"].items() for row in rows]
+        self.shared["site"] = [Entry(site.nouns, site.kinds | {group}) for group, site in sites]
         self.specialties = {name: {pool: [read_entry(row, f"{name}, {pool}") for row in rows]
                                    for pool, rows in (pools | {"name": [pools["name"]]}).items()}
                             for name, pools in data["specialties"].items()}
@@ -130,18 +130,21 @@ class Grammar:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Grammar":
         with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+            text = file.read()
         try:
-            grammar = cls(data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {error!r}; the file needs specialties, patterns and common with links, "
+            grammar = cls(yaml.safe_load(text))
+        except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error!r}; the file must be YAML with specialties, patterns and common: links, "
                              "both, sides, aspirate_h, sites, adjectives, pools") from error
-        grammar.check_findings()
+        grammar.check_lexicon()
         for pattern in grammar.patterns:
             grammar.check_pattern(pattern)
         return grammar
 
-    def check_findings(self) -> None:
+    def check_lexicon(self) -> None:
+        for name, link in self.links.items():
+            if len(link) != 5 or not all(isinstance(word, str) for word in link):
+                raise ValueError(f"link {name!r}: give a text per language and the German case; quote on, off, yes, no")
         groups = {group for site in self.shared["site"] for group in site.kinds}
         for specialty, pools in self.specialties.items():
             for entry in pools["findings"]:
@@ -188,8 +191,10 @@ class Composer:
         kinds = [word for word in rest if word.rstrip("?") not in MODIFIERS and word != "*"]
         # Site groups are whole words, other kinds single letters.
         entry = self.draw(pool, specialty, frozenset(kinds if pool == "site" else "".join(kinds)), "site" in rest)
-        if entry is None or pool == "site":
-            return entry and self.sided(entry, specialty)
+        if entry is None:
+            return None
+        if pool == "site":
+            return self.sided(entry, specialty)
         wanted = [word.rstrip("?") for word in rest if word.rstrip("?") in MODIFIERS
                   and (word[-1] != "?" or self.rng.random() < 0.5)]
         # Laboratory values have no kinds: all levels suit them.
@@ -217,7 +222,8 @@ class Composer:
             if pick is None or pick.entry in [other.entry for other in picks.values()]:
                 return None
             picks[name] = pick
-        if {"F", "M"} <= frozenset[str]().union(*(pick.entry.kinds for pick in picks.values())):
+        chosen = [p for pick in picks.values() for p in (pick, pick.site) if p]
+        if {"F", "M"} <= {kind for pick in chosen for kind in pick.entry.kinds}:
             return None  # no pregnant uncle
         return {lg: render(pattern[lg], picks, lg, self.grammar.sounds[lg]) for lg in LANGUAGES}
 

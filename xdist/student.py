@@ -103,7 +103,7 @@ def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepare
     if kind == "trim":
         fitted = vocabulary.trim(old, everything)
     elif kind == "extend":
-        fitted = vocabulary.extend(old, sources, others, size)
+        fitted = vocabulary.extend(old, others, size)
     else:
         fitted = vocabulary.train(everything, size, _specials(tokenizer))
         old_of = {fitted.tokenizer.token_to_id(token): tokenizer.convert_tokens_to_ids(token) for token in _specials(tokenizer).values()}

@@ -44,32 +44,34 @@ def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> Vocabulary:
     return Vocabulary(_renumbered(state, pieces, {old: new for new, old in enumerate(old_ids)}), np.array(old_ids))
 
 
-def extend(tokenizer: Tokenizer, english: Iterable[str], others: dict[str, Sequence[str]], size: int) -> Vocabulary:
-    """A WordPiece teacher's vocabulary plus pieces trained on each other language, about `size` in all.
+def extend(tokenizer: Tokenizer, others: dict[str, Sequence[str]], size: int) -> Vocabulary:
+    """A WordPiece teacher's whole vocabulary plus pieces trained on each other language, about `size` tokens in all.
 
-    Pieces of the teacher that `english` uses are kept, so English is cut almost as before and the student's English
-    starts as the teacher's; what is left of `size` is shared among the languages equally.
+    The teacher's pieces stay, so the student's English starts (nearly) as the teacher; the room that is left is shared
+    among the languages equally.
     """
     state = json.loads(_bare(tokenizer).to_str())
-    if state["model"]["type"] != "WordPiece":
-        raise Refused(f"student.vocabulary: extend needs a WordPiece teacher, this one has {state['model']['type']}; use train")
-    small = trim(tokenizer, english)
-    pieces = dict(sorted(small.tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
-    room = max(0, size - len(pieces)) // max(1, len(others))
-    for lang in sorted(others):
-        before, wanted = len(pieces), room
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=room * 2, min_frequency=2, show_progress=False, special_tokens=[], continuing_subword_prefix="##"
-        )
-        learner = Tokenizer(models.WordPiece(unk_token=state["model"]["unk_token"]))
+    model = state["model"]
+    if model["type"] != "WordPiece":
+        raise Refused(f"student.vocabulary: extend needs a WordPiece teacher, this one has {model['type']}; use train")
+    pieces = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
+    old = len(pieces)
+    if size <= old:
+        raise Refused(f"student.vocabulary_size: {size} leaves no room beside the teacher's {old} tokens; for extend it counts both")
+    for number, lang in enumerate(sorted(others)):
+        most = old + (size - old) * (number + 1) // len(others)
+        learner = Tokenizer(models.WordPiece(unk_token=model["unk_token"]))
         learner.normalizer, learner.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+        prefix = model["continuing_subword_prefix"]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=2 * size, min_frequency=2, show_progress=False, special_tokens=[], continuing_subword_prefix=prefix
+        )
         learner.train_from_iterator(others[lang], trainer)
         for piece, _ in sorted(learner.get_vocab().items(), key=lambda entry: entry[1]):
-            if piece not in pieces and len(pieces) - before < wanted:
+            if piece not in pieces and len(pieces) < most:
                 pieces[piece] = len(pieces)
-    state = json.loads(small.tokenizer.to_str())
-    state["model"]["vocab"] = pieces
-    old_ids = np.concatenate([small.old_ids, np.full(len(pieces) - len(small.old_ids), -1)])
+    model["vocab"] = pieces
+    old_ids = np.concatenate([np.arange(old), np.full(len(pieces) - old, -1)])
     return Vocabulary(Tokenizer.from_str(json.dumps(state)), old_ids)
 
 

@@ -1,0 +1,123 @@
+"""What tests share: a tiny random teacher built offline, a small parallel corpus, and one local Ray."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before ray or a hub library is imported: no token file in the home, no network, few threads.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+import pytest  # noqa: E402
+
+from xdist.config import Cluster, Recipe  # noqa: E402
+
+WORDS = {
+    "en": "the patient has pain in left right heart lung knee with fever cough and was treated today severe mild".split(),
+    "es": "el paciente tiene dolor en izquierdo derecho corazón pulmón rodilla con fiebre tos y fue tratado hoy grave leve".split(),
+    "de": "der patient hat schmerz in linkem rechtem herz lunge knie mit fieber husten und wurde behandelt heute schwer leicht".split(),
+}
+
+
+def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct word-by-word parallel sentences in en, es and de, with an id and a label."""
+    import random
+
+    rng, rows = random.Random(seed), {}
+    while len(rows) < count:
+        places = [rng.randrange(len(WORDS["en"])) for _ in range(rng.randint(4, 9))]
+        row = {lang: " ".join(words[place] for place in places) for lang, words in WORDS.items()}
+        rows.setdefault(row["en"], row | {"id": f"s{len(rows)}", "label": "heart" if 7 in places else "other"})
+    return list(rows.values())
+
+
+def write_tsv(path: Path, rows: list[dict[str, str]]) -> Path:
+    """A plain TSV file with a header."""
+    lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tiny_checkpoint(folder: Path, hidden: int = 32, layers: int = 3, plain: bool = False) -> Path:
+    """A random BERT with a WordPiece vocabulary of its own: a sentence-transformers folder, or a plain checkpoint."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    text = [row["en"] for row in sentences(300)]
+    tokenizer.train_from_iterator(text, trainers.WordPieceTrainer(vocab_size=150, special_tokens=specials, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=2 * hidden, max_position_embeddings=64,
+    )  # fmt: skip
+    target = folder if plain else folder / "plain"
+    BertModel(config).save_pretrained(target)
+    wrapped.save_pretrained(target)
+    if not plain:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+        modules = [Transformer(str(target), max_seq_length=32), Pooling(hidden), Normalize()]
+        SentenceTransformer(modules=modules, device="cpu").save(str(folder / "st"), create_model_card=False)
+        return folder / "st"
+    return target
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray of two CPUs for the whole session."""
+    from xdist import cluster
+
+    with cluster.connected(Cluster(num_cpus=2)):
+        yield
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, teacher: str) -> Callable[..., Recipe]:
+    """Make a recipe on a corpus of 400 sentences in en, es and de; keyword arguments replace or add keys of sections."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = sentences(480)
+    write_tsv(data / "corpus.tsv", rows[:400])
+    write_tsv(data / "train.tsv", rows[400:440])
+    write_tsv(data / "test.tsv", rows[440:])
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        task = {"name": "topic", "kind": "classification", "train": "train.tsv", "dev": "test.tsv", "test": "test.tsv", "text": "{lang}"}
+        translation = {"name": "translation", "kind": "retrieval", "test": "test.tsv", "text": "{lang}", "id": "id"}
+        settings: dict[str, dict[str, Any]] = {
+            "run": {"name": "tiny", "storage": str(tmp_path / "runs")},
+            "data": {
+                "root": str(data), "languages": ["es", "de"], "holdout": 10, "shards": 4, "window": 2,
+                "corpora": [{"name": "toy", "path": "corpus.tsv", "source": "en", "target": "{lang}", "id": "id"}],
+            },
+            "teacher": {"model": teacher, "max_length": 32},
+            "student": {"vocabulary": "extend", "vocabulary_size": 300, "max_length": 32},
+            "train": {"steps": 12, "batch_tokens": 256, "log_every": 2, "checkpoint_every": 4, "evaluate_every": 6, "precision": "float32"},
+            "evaluate": {"bootstrap": 20, "tasks": [task, translation]},
+            "cluster": {"num_cpus": 2, "cpus_per_worker": 1},
+        }  # fmt: skip
+        for name, keys in sections.items():
+            settings[name] = settings.get(name, {}) | keys
+        return Recipe(**settings)
+
+    return make
