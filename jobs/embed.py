@@ -1,6 +1,6 @@
 """Prepare the corpora and embed each source sentence once with the teacher.
 
-    python jobs/embed.py recipes/demo.yaml
+python jobs/embed.py recipes/demo.yaml
 """
 
 from xdist.job import main

@@ -1,6 +1,6 @@
 """Measure a trained run anew on its recipe's tasks, and write its report.
 
-    python jobs/evaluate.py recipes/demo.yaml
+python jobs/evaluate.py recipes/demo.yaml
 """
 
 from xdist.job import main

@@ -1,6 +1,6 @@
 """Clean, group and shard the corpora of a recipe; print what was kept and rejected.
 
-    python jobs/prepare.py recipes/demo.yaml
+python jobs/prepare.py recipes/demo.yaml
 """
 
 from xdist.job import main

@@ -1,6 +1,6 @@
 """Write report.html, report.json, plots and the model card of a finished run again.
 
-    python jobs/report.py recipes/demo.yaml
+python jobs/report.py recipes/demo.yaml
 """
 
 from xdist.job import main

@@ -11,14 +11,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
-import pytest  # noqa: E402
+import pytest
 
-from xdist.config import Cluster, Recipe  # noqa: E402
+from xdist.config import Cluster, Recipe
 
 WORDS = {
-    "en": "the patient has pain in left right heart lung knee with fever cough and was treated today severe mild".split(),
-    "es": "el paciente tiene dolor en izquierdo derecho corazón pulmón rodilla con fiebre tos y fue tratado hoy grave leve".split(),
-    "de": "der patient hat schmerz in linkem rechtem herz lunge knie mit fieber husten und wurde behandelt heute schwer leicht".split(),
+    lang: words.split()
+    for lang, words in {
+        "en": "the patient has pain in left right heart lung knee with fever cough and was treated today severe mild",
+        "es": "el paciente tiene dolor en izquierdo derecho corazón pulmón rodilla con fiebre tos y fue tratado hoy grave leve",
+        "de": "der patient hat schmerz in linkem rechtem herz lunge knie mit fieber husten und wurde behandelt heute schwer leicht",
+    }.items()
 }
 
 
@@ -65,7 +68,9 @@ def tiny_checkpoint(folder: Path, hidden: int = 32, layers: int = 3, plain: bool
         intermediate_size=2 * hidden, max_position_embeddings=64,
     )  # fmt: skip
     target = folder if plain else folder / "plain"
-    BertModel(config).save_pretrained(target)
+    body = BertModel(config)
+    body.embeddings.word_embeddings.weight.data *= 50  # so that vectors spread: a random transformer's nearly coincide
+    body.save_pretrained(target)
     wrapped.save_pretrained(target)
     if not plain:
         from sentence_transformers import SentenceTransformer

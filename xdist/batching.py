@@ -6,7 +6,8 @@ and cut into micro-batches of equal token counts. The number of steps of a windo
 in the manifest, so a schedule is known, and a resume finds its place, without reading a shard.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def windows(shards: int, size: int, seed: int, epoch: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, shards, size)]
 
 
-def language_weights(counts: dict[str, float], temperature: float, source: str, source_weight: float) -> dict[str, float]:
+def language_weights(counts: Mapping[str, float], temperature: float, source: str, source_weight: float) -> dict[str, float]:
     """How often a sequence of each language is seen per epoch: shares of translations ∝ count ** (1 / temperature).
 
     The number of translations seen per epoch stays what it is; source sentences are seen `source_weight` times.
@@ -58,35 +59,41 @@ def language_weights(counts: dict[str, float], temperature: float, source: str, 
 
 
 def window_steps(tokens: float, batch_tokens: int) -> int:
-    """Steps of a window with this many tokens expected to be drawn; at least one."""
-    return max(1, round(tokens / batch_tokens))
+    """Steps of a window with this many tokens expected to be drawn: at least one, none where there is nothing to draw."""
+    return max(1, round(tokens / batch_tokens)) if tokens else 0
 
 
 def draw(weights: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
     """Indices of the sequences that a window shows, in random order: index i stands there weights[i] times on average,
-    ⌊weights[i]⌋ times at least."""
+    ⌊weights[i]⌋ times at least. Where any weight is above 0, at least one index is drawn."""
     rng = generator(seed, epoch, window, "draw")
     whole = np.floor(weights)
     times = whole.astype(np.int64) + (rng.random(len(weights)) < weights - whole)
+    if not times.any() and weights.any():
+        times[np.argmax(weights)] = 1
     drawn = np.repeat(np.arange(len(weights)), times)
     return rng.permutation(drawn)
 
 
-def cut(drawn: np.ndarray, lengths: np.ndarray, steps: int, micro_batches: int, seed: int, epoch: int, window: int) -> list[list[np.ndarray]]:
+def cut(
+    drawn: np.ndarray, lengths: np.ndarray, steps: int, micro_batches: int, seed: int, epoch: int, window: int
+) -> list[list[np.ndarray]]:
     """Drawn indices as `steps` lists of `micro_batches` arrays of about equal token counts and similar lengths.
 
     Every drawn index stands in exactly one micro-batch (more than one only where there are fewer than micro-batches).
     """
     total = steps * micro_batches
+    if not total:
+        return []
     drawn = np.resize(drawn, max(len(drawn), total))
     ends = np.linspace(0, total, max(1, round(total / SORTED_STRETCH)) + 1).round().astype(int)
     bounds = _equal_cuts(lengths[drawn], total)
     batches: list[np.ndarray] = []
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in itertools.pairwise(ends):
         stretch = drawn[bounds[first] : bounds[last]]
         stretch = stretch[np.argsort(lengths[stretch], kind="stable")]
         inner = _equal_cuts(lengths[stretch], int(last - first))
-        batches += [stretch[a:b] for a, b in zip(inner[:-1], inner[1:], strict=True)]
+        batches += [stretch[a:b] for a, b in itertools.pairwise(inner)]
     order = generator(seed, epoch, window, "batches").permutation(total)
     shuffled = [batches[index] for index in order]
     return [shuffled[step * micro_batches : (step + 1) * micro_batches] for step in range(steps)]
@@ -104,7 +111,7 @@ def _equal_cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 def padded(rows: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Token id arrays as one (n, longest) int64 array and its attention mask."""
-    longest = max(map(len, rows))
+    longest = max(1, *map(len, rows))
     ids = np.full((len(rows), longest), pad, dtype=np.int64)
     mask = np.zeros((len(rows), longest), dtype=np.int64)
     for place, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """What a checkpoint holds: weights, optimiser state and the position in the order of training. Safetensors and JSON only.
 
-    weights.safetensors     the student's parameters, float32
-    optimizer.safetensors   AdamW's two moments and step of each parameter
-    state.json              version, position, learning-rate schedule length, best score so far
+weights.safetensors     the student's parameters, float32
+optimizer.safetensors   AdamW's two moments and step of each parameter
+state.json              version, position, learning-rate schedule length, best score so far
 """
 
 import json
@@ -34,7 +34,7 @@ def load(folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     that this code does not read."""
     with open(os.path.join(folder, "state.json"), encoding="utf-8") as stream:
         state = json.load(stream)
-    if state.pop("version") != VERSION:
+    if state.pop("version", None) != VERSION:
         raise Refused(f"{folder} was written by another version of xdist; continue with that version, or start under a new run.name")
     load_weights(folder, model)
     current = optimizer.state_dict()

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,14 +36,15 @@ def connected(settings: Cluster) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     with warnings.catch_warnings():
         _quiet(settings.verbose)
-        local = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
-        ray.init(
-            address=address,
-            log_to_driver=settings.verbose,
-            logging_level=logging.INFO if settings.verbose else logging.ERROR,
-            runtime_env={"env_vars": _environment()},
-            **local,
-        )
+        local: dict[str, Any] = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
+        with contextlib.nullcontext() if settings.verbose else _stderr_closed():
+            ray.init(
+                address=address,
+                log_to_driver=settings.verbose,
+                logging_level=logging.INFO if settings.verbose else logging.ERROR,
+                runtime_env={"env_vars": _environment()},
+                **local,
+            )
         _quiet(settings.verbose)  # Ray Data sets its own levels when it is imported
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = settings.verbose
@@ -65,6 +67,20 @@ def _quiet(verbose: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module="ray")
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Ray's native code announces its log level on file descriptor 2, past Python's logging; errors still raise."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def resources(settings: Cluster) -> tuple[int, float]:
@@ -115,7 +131,7 @@ def watched(handle: Callable[[int, list[dict[str, Any]]], None], every: float = 
     """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    board: Any = ray.remote(Board).options(num_cpus=0).remote()
     ended = threading.Event()
 
     def follow() -> None:
@@ -147,7 +163,7 @@ def stream(
 
     if not items:
         return
-    data = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
+    data: Any = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
     with watched(lambda done, _: progress.update(done)) as board:
         if actors:
             mapped = data.map_batches(
@@ -162,23 +178,36 @@ def stream(
             mapped = data.map_batches(
                 _task, fn_kwargs={"work": work, "board": board, "arguments": arguments}, batch_size=1, num_cpus=cpus, num_gpus=gpus
             )
-        try:
-            for row in mapped.iter_rows():
-                yield json.loads(row["result"])
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from None
+        for row in mapped.iter_rows():
+            result = json.loads(row["result"])
+            if "refused" in result:
+                raise Refused(result["refused"])
+            yield result
 
 
 def _task(batch: dict[str, Any], work: Callable[..., Item], board: Any, arguments: dict[str, Any]) -> dict[str, list[str]]:
-    return {"result": [json.dumps(work(json.loads(item), RemoteBoard(board), **arguments)) for item in batch["item"]]}
+    return {"result": [_answer(work, item, RemoteBoard(board), **arguments) for item in batch["item"]]}
+
+
+def _answer(work: Callable[..., Item], item: str, board: "RemoteBoard", **arguments: Any) -> str:
+    """The result as JSON. A Refused travels as a result too: of an error's cause, Ray Data keeps only the text."""
+    try:
+        return json.dumps(work(json.loads(item), board, **arguments))
+    except Refused as error:
+        return json.dumps({"refused": str(error)})
 
 
 class _Actor:
     def __init__(self, make: Callable[..., Any], board: Any, arguments: dict[str, Any]):
-        self.board, self.work = RemoteBoard(board), make(**arguments)
+        self.board = RemoteBoard(board)
+        try:
+            self.work = make(**arguments)
+        except Refused as error:
+            message = str(error)
+            self.work = lambda item, board: {"refused": message}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self.work(json.loads(item), self.board)) for item in batch["item"]]}
+        return {"result": [_answer(self.work, item, self.board) for item in batch["item"]]}
 
 
 class RemoteBoard:
@@ -194,13 +223,3 @@ class RemoteBoard:
     def post(self, line: dict[str, Any]) -> None:
         """Add a line for the driver."""
         self.handle.post.remote(line)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The Refused inside Ray's wrapping, so that the user reads one message; otherwise the error itself."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, Refused):
-            return Refused(str(getattr(inner, "cause", inner)))
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error

@@ -1,24 +1,20 @@
-"""Settings: one YAML recipe describes a run, and any key can be overridden on the command line by its dotted name.
+"""Settings: the sections of a recipe, their types, defaults and cross-checks. Reads and writes nothing.
 
-Reads a recipe, writes nothing. Each field's docstring is its help text. Unknown keys, wrong types and contradictions are
-refused before anything starts, with the key, the file and the remedy. Secrets never go in a recipe: credentials come
-from the environment that the storage and tracking libraries read themselves.
+Each field's docstring is its help text. Unknown keys, wrong types and contradictions are refused before anything starts.
+Secrets never go in a recipe: credentials come from the environment that the storage and tracking libraries read.
 """
 
-import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from xdist.errors import Refused
-
+RESERVED = ("store", "mlflow.db", "mlartifacts")  # what lies beside the runs
+LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
 LOSSES = ("cosine", "similarity", "mse", "contrastive", "soft_contrastive")
 
 
@@ -31,12 +27,19 @@ class Section(BaseModel):
 class Run(Section):
     """The identity of a run: the same name and storage continue the same run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is <storage>/<name>."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://, abfs://) that holds runs and the store of teacher vectors."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything random: order, new weights, samples, bootstrap."""
+
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, value: str) -> str:
+        if value in RESERVED:
+            raise ValueError(f"{value!r} is the name of something else in run.storage; take another")
+        return value
 
 
 class Corpus(Section):
@@ -45,7 +48,8 @@ class Corpus(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name used in counts, rejects and reports."""
     path: str
-    """File, glob, folder or URI, relative to data.root; {lang} stands for the language. `hf://owner/name` reads a hub set."""
+    """File, glob, folder or URI, relative to data.root; {lang} stands for the language, {recipe} for the recipe's folder.
+    `hf://owner/name` reads a hub set."""
     target_path: str | None = None
     """Moses pairs: the file with the translations, line by line parallel to `path`; {lang} as in `path`."""
     format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "tmx", "moses", "hf", "phrases"] = "auto"
@@ -64,14 +68,22 @@ class Corpus(Section):
     """Evaluation tasks whose dev and test ids name rows of this corpus: those rows are kept out of training."""
     where: dict[str, str | list[str]] = {}
     """Keep only rows whose column has this value (or one of these values): {split: train}."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """How many times each of its sequences is seen per epoch, on average, before language sampling."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Read only this many rows of each file, from its beginning."""
     subset: str | None = None
     """Hugging Face data sets: the configuration's name."""
     split: str = "train"
     """Hugging Face data sets: the split."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Corpus":
+        if self.target_path and self.format not in ("auto", "moses"):
+            raise ValueError(f"corpus {self.name!r}: target_path belongs to format moses, not {self.format}; leave one of them out")
+        if self.format == "moses" and not self.target_path and not self.path.endswith(".zip"):
+            raise ValueError(f"corpus {self.name!r}: format moses needs target_path, the file with the translations")
+        return self
 
 
 class Data(Section):
@@ -81,30 +93,41 @@ class Data(Section):
     """Folder or URI that relative paths of corpora and tasks start from."""
     source_language: str = "en"
     """Language of the source side, which the teacher knows."""
-    languages: list[str] = Field(["es", "fr", "de"], min_length=1)
+    languages: list[str] = Field(default=["es", "fr", "de"], min_length=1)
     """Languages that the student learns, beside the source language."""
     corpora: list[Corpus] = []
     """The parallel corpora."""
-    min_chars: int = Field(2, ge=1)
+    min_chars: int = Field(default=2, ge=1)
     """Shortest text kept, in characters."""
-    max_chars: int = Field(2000, ge=1)
+    max_chars: int = Field(default=2000, ge=1)
     """Longest text kept, in characters."""
-    max_length_ratio: float = Field(4.0, ge=1)
+    max_length_ratio: float = Field(default=4.0, ge=1)
     """Longest side over shortest side, in characters (8 characters are added to each, so that short terms pass)."""
     detect_language: bool = False
     """Drop rows whose text is not in the language it claims (lingua; install the `langid` extra)."""
-    temperature: float = Field(1.0, ge=1)
+    temperature: float = Field(default=1.0, ge=1)
     """Language sampling: share proportional to size ** (1 / temperature). 1 is natural, larger favours small languages."""
-    source_weight: float = Field(1.0, ge=0)
+    source_weight: float = Field(default=1.0, ge=0)
     """How often a source sentence itself is seen per epoch, against 1 for a translation. 0 trains on translations only."""
-    holdout: int = Field(1000, ge=0)
+    holdout: int = Field(default=1000, ge=0)
     """Source sentences (with translations) kept out of training to select the best checkpoint; at most 5 % of a shard."""
-    sample: float = Field(1.0, gt=0, le=1)
+    sample: float = Field(default=1.0, gt=0, le=1)
     """Share of the source sentences to train on, chosen by hash, so that smaller samples are contained in larger ones."""
-    shards: int | None = Field(None, ge=1)
+    shards: int | None = Field(default=None, ge=1)
     """Number of shards, a power of two; chosen from the input's size when not given."""
-    window: int = Field(8, ge=1)
+    window: int = Field(default=8, ge=1)
     """Shards shuffled together in training; memory holds two windows."""
+
+    @field_validator("source_language", "languages")
+    @classmethod
+    def _codes(cls, value: str | list[str]) -> str | list[str]:
+        codes = [value] if isinstance(value, str) else value
+        for code in codes:
+            if not LANGUAGE.fullmatch(code):
+                raise ValueError(f"{code!r} is no language code; write es, pt-BR or zh-Hant")
+            if codes.count(code) > 1:
+                raise ValueError(f"{code!r} is listed twice")
+        return value
 
     @field_validator("shards")
     @classmethod
@@ -121,12 +144,12 @@ class Teacher(Section):
     """Sentence-transformers or plain Hugging Face checkpoint: hub id, folder, or package:NAME/FOLDER inside a Python package."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    max_length: int = Field(256, ge=8)
+    max_length: int = Field(default=256, ge=8)
     """Longest input in tokens; the rest is cut off."""
     prompt: str = ""
     """Text put before every sentence, for teachers that were trained with one."""
-    batch_tokens: int = Field(16384, ge=64)
-    """Tokens, padding included, of one forward pass."""
+    batch_tokens: int | None = Field(default=None, ge=64)
+    """Tokens, padding included, of one forward pass; 2,048 on a CPU and 65,536 on a GPU when not given."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint carries. Only for checkpoints whose code you have read."""
     allow_pickle: bool = False
@@ -143,46 +166,46 @@ class Student(Section):
     vocabulary: Literal["keep", "trim", "extend", "train"] = "keep"
     """keep: the base's. trim: only those of its tokens that occur in the corpus. extend: a WordPiece teacher's own tokens
     plus new ones for the other languages. train: a new one trained on the corpus."""
-    vocabulary_size: int = Field(24000, ge=300)
+    vocabulary_size: int = Field(default=24000, ge=300)
     """Size of an extended or trained vocabulary, in tokens."""
-    max_length: int = Field(128, ge=8)
+    max_length: int = Field(default=128, ge=8)
     """Longest input in tokens; the rest is cut off."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout while training. 0 by default: teacher vectors are noiseless targets."""
 
 
 class Train(Section):
     """How the student is trained."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Length of training in optimiser steps; `epochs` decides when not given."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Length of training in passes over the training sequences."""
-    batch_tokens: int = Field(4096, ge=16)
+    batch_tokens: int = Field(default=4096, ge=16)
     """Tokens of one optimiser step, over all workers."""
-    micro_batches: int = Field(1, ge=1)
+    micro_batches: int = Field(default=1, ge=1)
     """Batches that a step is cut into (gradient accumulation, workers); in-batch losses see one of these at a time."""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
-    embedding_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of the token embeddings where the vocabulary was trained anew; 4 × lr when not given."""
-    warmup_steps: int = Field(50, ge=0)
+    embedding_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the token embeddings where the vocabulary has new tokens; 10 × lr when not given."""
+    warmup_steps: int = Field(default=50, ge=0)
     """Steps of linear warm-up; linear decay to zero follows."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decoupled weight decay, on matrices only."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     loss: dict[str, float] = {"cosine": 1.0, "similarity": 10.0}
     """Weight of each loss term: cosine, similarity, mse, contrastive, soft_contrastive."""
-    loss_temperature: float = Field(0.05, gt=0)
+    loss_temperature: float = Field(default=0.05, gt=0)
     """Temperature of the contrastive losses."""
     matryoshka: list[int] = []
     """Prefix lengths of the vector at which the loss is taken as well, for example [128, 256]."""
-    evaluate_every: int = Field(500, ge=1)
+    evaluate_every: int = Field(default=500, ge=1)
     """Steps between evaluations on held-out text."""
-    checkpoint_every: int = Field(250, ge=1)
+    checkpoint_every: int = Field(default=250, ge=1)
     """Steps between checkpoints: the most work that a kill can cost."""
-    log_every: int = Field(20, ge=1)
+    log_every: int = Field(default=20, ge=1)
     """Steps between lines of progress and logged metrics."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of teacher and student; auto takes bfloat16 where the hardware computes in it."""
@@ -194,7 +217,7 @@ class Train(Section):
     def _known_losses(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
             if name not in LOSSES:
-                raise ValueError(f"unknown loss {name!r}; {_closest(name, LOSSES)}")
+                raise ValueError(f"unknown loss {name!r}; {closest(name, LOSSES)}")
             if weight < 0:
                 raise ValueError(f"weight of {name} is negative")
         if not any(value.values()):
@@ -246,7 +269,7 @@ class Evaluate(Section):
 
     tasks: list[Task] = []
     """The evaluation tasks."""
-    bootstrap: int = Field(1000, ge=0)
+    bootstrap: int = Field(default=1000, ge=0)
     """Bootstrap resamples for 95 % confidence intervals."""
     decontaminate: bool = True
     """Keep dev and test text, on either side, out of the training text."""
@@ -266,15 +289,15 @@ class Cluster(Section):
 
     address: str | None = None
     """Ray address; a Ray of its own on this machine when not given (inside a Ray job: that cluster)."""
-    num_cpus: int | None = Field(None, ge=1)
+    num_cpus: int | None = Field(default=None, ge=1)
     """CPUs that a local Ray may use; all when not given."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Training workers."""
-    cpus_per_worker: int | None = Field(None, ge=1)
+    cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs of a training worker or teacher actor; without GPUs, the machine's CPUs divided by the workers when not given."""
-    gpus_per_worker: float | None = Field(None, ge=0)
+    gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of a training worker or teacher actor; 1 where the cluster has any when not given."""
-    teacher_actors: int | None = Field(None, ge=1)
+    teacher_actors: int | None = Field(default=None, ge=1)
     """Teacher actors; one per GPU, or as many as workers, when not given."""
     verbose: bool = False
     """Show Ray's own log lines and progress bars."""
@@ -283,9 +306,7 @@ class Cluster(Section):
 class Recipe(BaseSettings):
     """One run, from corpora to report."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, nested_model_default_partial_update=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
     run: Run = Run()
     data: Data = Data()
@@ -298,7 +319,7 @@ class Recipe(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is written in the recipe or on the command line counts; the environment does not."""
         return (init_settings,)
@@ -313,11 +334,14 @@ class Recipe(BaseSettings):
         if len(tasks) < len(self.evaluate.tasks):
             raise ValueError("evaluate.tasks: two tasks have the same name; give each its own")
         for corpus in self.data.corpora:
-            for task in corpus.shares_ids_with:
-                if task not in tasks:
-                    raise ValueError(f"data.corpora.{corpus.name}.shares_ids_with: no task {task!r}; {_closest(task, tasks)}")
+            for name in corpus.shares_ids_with:
+                if name not in tasks:
+                    raise ValueError(f"data.corpora.{corpus.name}.shares_ids_with: no task {name!r}; {closest(name, tasks)}")
             if corpus.shares_ids_with and not corpus.id:
                 raise ValueError(f"data.corpora.{corpus.name}: shares_ids_with needs `id`, the column with the ids")
+        for task in self.evaluate.tasks:
+            if task.languages is not None and self.data.source_language not in task.languages:
+                raise ValueError(f"evaluate.tasks.{task.name}.languages: add the source language {self.data.source_language!r}")
         if self.data.source_language in self.data.languages:
             raise ValueError(f"data.languages: {self.data.source_language!r} is the source language; leave it out")
         if self.data.min_chars > self.data.max_chars:
@@ -328,7 +352,9 @@ class Recipe(BaseSettings):
                 f"every worker takes the same number of micro-batches of a step; set train.micro_batches: {self.cluster.workers}"
             )
         if self.student.vocabulary in ("extend", "train") and self.student.base != "teacher":
-            raise ValueError(f"student.vocabulary: {self.student.vocabulary} needs student.base: teacher; for another checkpoint use trim or keep")
+            raise ValueError(
+                f"student.vocabulary: {self.student.vocabulary} needs student.base: teacher; for another checkpoint use trim or keep"
+            )
         return self
 
     @property
@@ -355,94 +381,7 @@ def absolute(path: str, root: str = ".") -> str:
     return os.path.abspath(os.path.join(root, path))
 
 
-def parse(argv: Sequence[str], description: str, flags: dict[str, str] | None = None) -> tuple[Recipe, argparse.Namespace]:
-    """Command line `RECIPE [--section.key VALUE …]` to a checked recipe. `flags` adds switches: name → help.
-
-    Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
-    """
-    parser = argparse.ArgumentParser(
-        description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("recipe", help="YAML recipe, for example recipes/demo.yaml")
-    for name, help_text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=help_text)
-    cli: CliSettingsSource[Any] = CliSettingsSource(Recipe, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
-    args = parser.parse_args(argv)
-    overrides = cli(parsed_args=args)()
-    return load(args.recipe, overrides), args
-
-
-def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe file, with overrides as a nested dictionary."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise Refused(f"recipe {path} does not exist; recipes/ holds examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise Refused(f"recipe {path}: expected sections such as run: and data:, found {type(settings).__name__}")
-    return _anchored(check(_merged(settings, overrides or {}), str(path)))
-
-
-def _anchored(recipe: Recipe) -> Recipe:
-    """Relative folders made absolute: workers run in folders of their own, and on other machines."""
-    settings = recipe.model_dump()
-    for section, key in (("run", "storage"), ("data", "root")):
-        settings[section][key] = absolute(settings[section][key])
-    for section, key in (("teacher", "model"), ("student", "base")):
-        if os.path.isdir(settings[section][key]):
-            settings[section][key] = os.path.abspath(settings[section][key])
-    return Recipe(**settings)
-
-
-def check(settings: dict[str, Any], origin: str) -> Recipe:
-    """Nested dictionary to a checked recipe; errors name `origin` and the key."""
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        raise Refused("\n".join(_explained(error, origin))) from None
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested dictionary to (dotted key, value); named list entries (corpora, tasks) take their name as the key."""
-    for key, value in settings.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{dotted}.")
-        elif isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
-            for entry in value:
-                yield from flatten({k: v for k, v in entry.items() if k != "name"}, f"{dotted}.{entry['name']}.")
-        else:
-            yield dotted, value
-
-
-def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old → new` for each key whose value differs, apart from where things lie, run and are tracked."""
-    free = ("cluster.", "track.", "run.storage", "data.root")
-    before, after = dict(flatten(old)), dict(flatten(new))
-    keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(free))
-    return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "loss"
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
-
-
-def _explained(error: ValidationError, origin: str) -> Iterator[str]:
-    known = [key for key, _ in flatten(Recipe().model_dump())]
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key; {_closest(key, known)}"
-        yield f"{origin}: {key}: {message}" if key else f"{origin}: {message}"
-
-
-def _closest(name: str, known: Sequence[str] | set[str] | tuple[str, ...]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that was probably meant."""
+    found = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.5)
     return f"did you mean {found[0]}?" if found else f"known: {', '.join(sorted(known))}"

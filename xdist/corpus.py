@@ -9,26 +9,31 @@ killed goes on where it stopped. Memory holds one part of one file, or one shard
 """
 
 import collections
-import functools
-import io
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
-from xdist import cluster, files, formats, tasks, text
+from xdist import cluster, files, filters, formats, groups, text
+from xdist.chunks import Chunk
 from xdist.config import Corpus, Data, Recipe
 from xdist.errors import Refused
-from xdist.progress import Progress
+from xdist.progress import Progress, say
 
-PART_ROWS = 200_000
-SHARD_BYTES = 2 << 20  # of input, so that a shard holds some ten thousand sentences
-FIELDS = ("source", "target", "id")
+PART_ROWS = 50_000
+PART_BYTES = 32 << 20
+SHARD_BYTES = 8 << 20  # of input, so that a shard holds some ten thousand sentences
+LEAST_SHARDS = 8  # so that several actors have work
+MOST_SHARDS = 1 << 14
 
 Counts = dict[str, int]
+Unit = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Prepared:
     per_shard: list[int]
     languages: Counts
     corpora: Counts
+    digests: dict[str, str]
     rejected: Counts
     rejected_by_corpus: dict[str, Counts]
     source_characters: int
@@ -53,10 +59,11 @@ def prepare(recipe: Recipe) -> Prepared:
     folder = recipe.folder
     marker = f"{folder}/corpus/manifest.json"
     if files.exists(marker):
+        files.remove(f"{folder}/parts")
         return Prepared(**files.read_json(marker))
     units = _units(recipe)
     shards = recipe.data.shards or _shard_count(units)
-    _write_evaluation_keys(recipe)
+    _begin(recipe, units, shards)
     settings = recipe.data.model_dump(mode="json")
     waiting = [unit for unit in units if not files.exists(f"{folder}/parts/{unit['key']}.json")]
     with Progress("read", "rows") as progress:
@@ -64,16 +71,42 @@ def prepare(recipe: Recipe) -> Prepared:
             pass
     read = [files.read_json(f"{folder}/parts/{unit['key']}.json") for unit in units]
     parts = [part for summary in read for part in summary["parts"]]
+    grouped: list[Any] = []
     with Progress("group", "sentences") as progress:
-        items = [{"shard": shard} for shard in range(shards)]
-        grouped = list(cluster.stream(items, _group_shard, progress, folder=folder, parts=parts, shards=shards))
+        for result in cluster.stream(groups.items(shards), groups.group, progress, folder=folder, parts=parts) if parts else ():
+            grouped += result["shards"]
     prepared = _summary(recipe, shards, read, sorted(grouped, key=lambda result: result["shard"]))
-    if not prepared.pairs:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in prepared.rejected.items()) or "no rows at all"
-        raise Refused(f"no pair is left of {prepared.rows_read:,} rows read ({reasons}); {folder}/rejects/ holds each row")
+    _check(recipe, prepared)
     files.write_json(marker, prepared.__dict__)
     files.remove(f"{folder}/parts")
     return prepared
+
+
+def _begin(recipe: Recipe, units: list[Unit], shards: int) -> None:
+    """Keys of evaluation text for the tasks; and a fresh start where the inputs are not those that parts/ was made from."""
+    if recipe.data.detect_language:
+        filters.detector(recipe.data)
+    keys = filters.evaluation_keys(recipe)
+    sizes = [0 if unit["path"].startswith("hf://") else files.size(unit["path"]) for unit in units]
+    content = json.dumps([units, sizes, shards, keys.ids]).encode() + keys.texts.tobytes()
+    inputs, marker = {"digest": xxhash.xxh3_64_hexdigest(content)}, f"{recipe.folder}/parts/inputs.json"
+    if files.exists(marker) and files.read_json(marker) == inputs:
+        return
+    if files.exists(marker):
+        say("prepare   the corpora or evaluation files changed since this run began; it reads them all again")
+    for name in ("parts", "corpus", "rejects"):
+        files.remove(f"{recipe.folder}/{name}")
+    filters.write_keys(recipe.folder, keys)
+    files.write_json(marker, inputs)
+
+
+def _check(recipe: Recipe, prepared: Prepared) -> None:
+    if not prepared.pairs:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in prepared.rejected.items()) or "no rows at all"
+        raise Refused(f"no pair is left of {prepared.rows_read:,} rows read ({reasons}); {recipe.folder}/rejects/ holds each row")
+    for lang in recipe.data.languages:
+        if not prepared.languages.get(lang):
+            say(f"prepare   no corpus has a pair in {lang}: the student will not learn it; add a corpus, or leave it out of data.languages")
 
 
 def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -> Prepared:
@@ -95,6 +128,7 @@ def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -
         per_shard=[result["sentences"] for result in grouped],
         languages=dict(total("languages").most_common()),
         corpora=dict(total("corpora").most_common()),
+        digests={name: f"{number % 2**64:016x}" for name, number in total("digests").items()},
         rejected=dict(sum(by_corpus.values(), collections.Counter()).most_common()),
         rejected_by_corpus={name: dict(counts.most_common()) for name, counts in by_corpus.items()},
         source_characters=sum(result["source_characters"] for result in grouped),
@@ -105,7 +139,7 @@ def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -
 # --- which files ---
 
 
-def _units(recipe: Recipe) -> list[dict[str, Any]]:
+def _units(recipe: Recipe) -> list[Unit]:
     """One unit of work per input file: its corpus, paths, and column or code of each language."""
     if not recipe.data.corpora:
         raise Refused("data.corpora is empty: list at least one corpus (see recipes/demo.yaml)")
@@ -113,22 +147,18 @@ def _units(recipe: Recipe) -> list[dict[str, Any]]:
     return [unit | {"key": f"{number:05d}"} for number, unit in enumerate(units)]
 
 
-def _corpus_units(recipe: Recipe, corpus: Corpus) -> Iterator[dict[str, Any]]:
-    wanted = [lang for lang in recipe.data.languages if corpus.languages is None or lang in corpus.languages]
-    wide = "{lang}" in corpus.target
+def _corpus_units(recipe: Recipe, corpus: Corpus) -> Iterator[Unit]:
     found: dict[tuple[str, str | None], list[str]] = {}
-    for lang in wanted:
-        code = corpus.codes.get(lang, lang)
-        paths = formats.expand(recipe.located(corpus.path.replace("{lang}", code)), corpus.format)
-        target = recipe.located(corpus.target_path.replace("{lang}", code)) if corpus.target_path else None
-        if target is not None:
-            formats.expand(target, corpus.format)
-        for path in paths:
-            found.setdefault((path, target), []).append(lang)
+    for lang in recipe.data.languages:
+        if corpus.languages is None or lang in corpus.languages:
+            for pair in _files(recipe, corpus, corpus.codes.get(lang, lang)):
+                found.setdefault(pair, []).append(lang)
     for (path, target), langs in found.items():
         kind = formats.format_of(path, target, corpus.format)
         by_code = kind in ("tmx", "moses")
-        if len(langs) > 1 and not wide and not by_code:
+        if by_code and (corpus.where or corpus.id):
+            raise Refused(f"data.corpora.{corpus.name}: `where` and `id` name columns, and {path} ({kind}) has none; leave them out")
+        if len(langs) > 1 and "{lang}" not in corpus.target and not by_code:
             raise Refused(
                 f"data.corpora.{corpus.name}: {path} is read for {', '.join(langs)}, but `target: {corpus.target}` is one column. "
                 f"Put {{lang}} into target or path, or set languages: [{langs[0]}]"
@@ -137,7 +167,18 @@ def _corpus_units(recipe: Recipe, corpus: Corpus) -> Iterator[dict[str, Any]]:
             yield {"corpus": corpus.name, "path": path, "target_path": target, "format": kind, "languages": group}
 
 
-def _shard_count(units: list[dict[str, Any]]) -> int:
+def _files(recipe: Recipe, corpus: Corpus, code: str) -> list[tuple[str, str | None]]:
+    """(path, target path) of each file of a corpus in one language."""
+    paths = formats.expand(recipe.located(corpus.path.replace("{lang}", code)), corpus.format)
+    if corpus.target_path is None:
+        return [(path, None) for path in paths]
+    targets = formats.expand(recipe.located(corpus.target_path.replace("{lang}", code)), corpus.format)
+    if len(paths) != len(targets):
+        raise Refused(f"data.corpora.{corpus.name}: path matches {len(paths)} files and target_path {len(targets)}; they go in pairs")
+    return list(zip(paths, targets, strict=True))
+
+
+def _shard_count(units: list[Unit]) -> int:
     """A power of two that gives shards of some ten thousand sentences; compressed text counts four times."""
     total = 0
     for path in {unit["path"] for unit in units}:
@@ -145,281 +186,121 @@ def _shard_count(units: list[dict[str, Any]]) -> int:
             total += 1 << 28  # unknown; a middling corpus
         else:
             total += files.size(path) * (4 if path.endswith((*formats.COMPRESSIONS, ".zip", ".parquet")) else 1)
-    return 1 << max(0, min(14, total // SHARD_BYTES).bit_length())
-
-
-# --- evaluation text is kept out ---
-
-
-def _write_evaluation_keys(recipe: Recipe) -> None:
-    """Match keys of all evaluation texts, and ids by task, where the tasks of `_prepare_file` find them."""
-    keys: list[np.ndarray] = [np.empty(0, np.uint64)]
-    ids: dict[str, set[str]] = {}
-    for task, rows in tasks.held_out(recipe) if recipe.evaluate.decontaminate else ():
-        keys += [text.match_keys(text.clean(pa.array(rows[role], pa.string()))) for role in ("text", "text2") if role in rows]
-        ids.setdefault(task.name, set()).update(rows.get("id", ()))
-    buffer = io.BytesIO()
-    np.save(buffer, np.unique(np.concatenate(keys)))
-    files.write(f"{recipe.folder}/parts/evaluation_texts.npy", buffer.getvalue())
-    files.write_json(f"{recipe.folder}/parts/evaluation_ids.json", {name: sorted(found) for name, found in ids.items()})
-
-
-@functools.lru_cache(maxsize=2)
-def _evaluation_keys(folder: str) -> tuple[np.ndarray, dict[str, list[str]]]:
-    texts = np.load(io.BytesIO(files.read(f"{folder}/parts/evaluation_texts.npy")), allow_pickle=False)
-    return texts, files.read_json(f"{folder}/parts/evaluation_ids.json")
+    return min(MOST_SHARDS, max(LEAST_SHARDS, 1 << (total // SHARD_BYTES).bit_length()))
 
 
 # --- pass one: a file's rows, filtered and bucketed ---
 
 
-def _prepare_file(unit: dict[str, Any], board: cluster.RemoteBoard, folder: str, settings: dict[str, Any], shards: int) -> dict[str, Any]:
+def _prepare_file(unit: Unit, board: cluster.RemoteBoard, folder: str, settings: dict[str, Any], shards: int) -> dict[str, Any]:
     data = Data(**settings)
     corpus = next(corpus for corpus in data.corpora if corpus.name == unit["corpus"])
     rejected: collections.Counter[str] = collections.Counter()
     rows, parts = 0, []
-    for number, tables in enumerate(_batched(_file_tables(unit, corpus, data, folder), PART_ROWS)):
-        table = pa.concat_tables(tables)
-        bad = table.filter(pc.is_valid(table["reason"]))
-        good = table.filter(pc.is_null(table["reason"]))
+    for number, (good, bad) in enumerate(_batched(_file_tables(unit, corpus, data, filters.read_keys(folder)))):
         name = f"{unit['key']}-{number:05d}"
         if len(good):
-            files.write(f"{folder}/parts/{name}.arrow", _bucketed(good, shards))
+            files.write(f"{folder}/parts/{name}.arrow", _bucketed(good, shards, unit))
             parts.append(name)
-        _write_rejects(f"{folder}/rejects/{name}.parquet", bad)
-        for reason in bad["reason"].to_pylist():
-            rejected[reason.split(":")[0]] += 1
-        rows += len(table)
+        groups.write_rejects(f"{folder}/rejects/{name}.parquet", bad)
+        for entry in bad["reason"].value_counts().to_pylist():
+            rejected[entry["values"].split(":")[0]] += entry["counts"]
+        rows += len(good) + len(bad)
         board.count(unit["key"], rows)
     summary = {"corpus": corpus.name, "path": unit["path"], "rows": rows, "parts": parts, "rejected": dict(rejected)}
     files.write_json(f"{folder}/parts/{unit['key']}.json", summary)
     return summary
 
 
-def _write_rejects(uri: str, bad: pa.Table) -> None:
-    if len(bad):
-        columns = {name: bad[name] for name in ("corpus", "file", "line", "language", "reason")}
-        joined = pc.binary_join_element_wise(bad["source"], bad["target"], " ⇥ ", null_handling="skip")
-        files.write_table(uri, pa.table({**columns, "text": pc.utf8_slice_codeunits(joined, 0, 500)}))
-
-
-def _batched(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(map(len, held)) >= rows:
-            yield held
-            held = []
+def _batched(tables: Iterable[tuple[pa.Table, pa.Table]]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """(good, bad) tables put together up to PART_ROWS or PART_BYTES."""
+    held: list[tuple[pa.Table, pa.Table]] = []
+    rows = size = 0
+    for pair in tables:
+        held.append(pair)
+        rows += sum(map(len, pair))
+        size += sum(table.nbytes for table in pair)
+        if rows >= PART_ROWS or size >= PART_BYTES:
+            yield pa.concat_tables([good for good, _ in held]), pa.concat_tables([bad for _, bad in held])
+            held, rows, size = [], 0, 0
     if held:
-        yield held
+        yield pa.concat_tables([good for good, _ in held]), pa.concat_tables([bad for _, bad in held])
 
 
-def _file_tables(unit: dict[str, Any], corpus: Corpus, data: Data, folder: str) -> Iterator[pa.Table]:
-    """Tables of (corpus, file, line, language, source, target, hash, reason) for each chunk and language of a file."""
+def _file_tables(unit: Unit, corpus: Corpus, data: Data, keys: filters.Keys) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """(rows kept, rows dropped) for each chunk and language of a file."""
     codes = {lang: corpus.codes.get(lang, lang) for lang in unit["languages"]}
     by_code = unit["format"] in ("tmx", "moses")
-    source = "source" if by_code else corpus.source.replace("{lang}", data.source_language)
+    source = "source" if by_code else corpus.source.replace("{lang}", corpus.codes.get(data.source_language, data.source_language))
     targets = {lang: "target" if by_code else corpus.target.replace("{lang}", code) for lang, code in codes.items()}
-    columns = [source, *targets.values()] + ([] if by_code else [*([corpus.id] if corpus.id else []), *corpus.where])
-    sides = {"source": data.source_language, "target": next(iter(codes.values()))}
+    columns = [source, *targets.values(), *([corpus.id] if corpus.id else []), *corpus.where]
+    sides = {"source": corpus.codes.get(data.source_language, data.source_language), "target": next(iter(codes.values()))}
     options = {"target_path": unit["target_path"], "languages": sides, "subset": corpus.subset, "split": corpus.split}
     left = corpus.max_rows
     for chunk in formats.read(unit["path"], unit["format"], list(dict.fromkeys(columns)), **options):
         if left is not None:
             chunk = chunk.first(left)
             left -= len(chunk.lines)
-        keep = _where(chunk, corpus)
+        kept = _where(chunk, corpus)
         for lang, target in targets.items():
-            if keep.any():
-                lines = np.asarray(chunk.lines)[keep]
-                sides_ = [pa.array(chunk.columns[name], pa.string()).filter(pa.array(keep)) for name in (source, target)]
-                ids = [value for value, kept in zip(chunk.columns[corpus.id], keep, strict=True) if kept] if corpus.id in chunk.columns else None
-                yield _filtered(lang, lines, *sides_, ids, corpus, unit["path"], data, folder)
+            yield _filtered(kept, source, target, lang, unit, corpus, data, keys)
         if chunk.bad:
-            yield _bad_rows(chunk, corpus, unit)
+            lines, reasons, texts = zip(*chunk.bad, strict=True)
+            language = "+".join(unit["languages"])
+            yield _no_rows(), _rejects(unit, language, pa.array(lines, pa.int64()), pa.array(reasons), pa.array(texts))
         if left == 0:
             return
 
 
-def _where(chunk: formats.Chunk, corpus: Corpus) -> np.ndarray:
+def _where(chunk: Chunk, corpus: Corpus) -> Chunk:
+    """The rows that the corpus' `where` asks for."""
     keep = np.ones(len(chunk.lines), dtype=bool)
     for column, wanted in corpus.where.items():
-        allowed = {wanted} if isinstance(wanted, str) else set(wanted)
-        keep &= np.fromiter((value in allowed for value in chunk.columns[column]), dtype=bool, count=len(keep))
-    return keep
+        allowed = pa.array([wanted] if isinstance(wanted, str) else wanted, pa.string())
+        keep &= pc.is_in(chunk.columns[column], value_set=allowed).to_numpy(zero_copy_only=False)
+    if keep.all():
+        return chunk
+    return Chunk(chunk.lines[keep], {name: values.filter(pa.array(keep)) for name, values in chunk.columns.items()})
 
 
 def _filtered(
-    lang: str, lines: np.ndarray, source: pa.Array, target: pa.Array, ids: list[str] | None, corpus: Corpus, path: str, data: Data, folder: str
-) -> pa.Table:
-    source, target = text.clean(source), text.clean(target)
-    reasons = np.full(len(lines), None, dtype=object)
-    for reason, failed in _filters(source, target, ids, lang, corpus, data, folder):
-        hit = np.flatnonzero(np.equal(reasons, None))
-        reasons[hit[failed(hit)]] = reason
-    return pa.table(
-        {
-            "corpus": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(lines), np.int8)), [corpus.name]).cast(pa.string()),
-            "file": pa.array([path] * len(lines), pa.string()),
-            "line": pa.array(lines, pa.int64()),
-            "language": pa.array([lang] * len(lines), pa.string()),
-            "source": source,
-            "target": target,
-            "hash": pa.array(text.text_hashes(source.to_pylist()), pa.uint64()),
-            "reason": pa.array(reasons, pa.string()),
-        }
-    )
+    chunk: Chunk, source: str, target: str, lang: str, unit: Unit, corpus: Corpus, data: Data, keys: filters.Keys
+) -> tuple[pa.Table, pa.Table]:
+    lines = pa.array(chunk.lines)
+    sides = (text.clean(chunk.columns[source]), text.clean(chunk.columns[target]))
+    reason = filters.reasons(*sides, chunk.columns[corpus.id] if corpus.id else None, lang, corpus, data, keys)
+    language = pa.array(np.full(len(lines), unit["languages"].index(lang), np.int16))
+    table = pa.table([lines, language, *sides], names=["line", "language", "source", "target"])
+    if reason.null_count == len(reason):
+        return table, _rejects(unit, lang, lines[:0], reason[:0], sides[0][:0])
+    dropped = pc.is_valid(reason)
+    shown = groups.shown(*(side.filter(dropped) for side in sides))
+    return table.filter(pc.invert(dropped)), _rejects(unit, lang, lines.filter(dropped), reason.filter(dropped), shown)
 
 
-Failed = Callable[[np.ndarray], np.ndarray]
+def _no_rows() -> pa.Table:
+    schema = pa.schema({"line": pa.int64(), "language": pa.int16(), "source": pa.string(), "target": pa.string()})
+    return schema.empty_table()
 
 
-def _filters(
-    source: pa.Array, target: pa.Array, ids: list[str] | None, lang: str, corpus: Corpus, data: Data, folder: str
-) -> Iterator[tuple[str, Failed]]:
-    """(reason, which of the given row indices fail), in the order in which a row's one reason is decided."""
-    lengths = [pc.utf8_length(side).to_numpy() for side in (source, target)]
-    shorter, longer = np.minimum(*lengths), np.maximum(*lengths)
-    yield "empty", lambda rows: shorter[rows] == 0
-    yield "identical", lambda rows: pc.equal(source, target).to_numpy(zero_copy_only=False)[rows]
-    yield "too_short", lambda rows: shorter[rows] < data.min_chars
-    yield "too_long", lambda rows: longer[rows] > data.max_chars
-    yield "length_ratio", lambda rows: (longer[rows] + 8) > data.max_length_ratio * (shorter[rows] + 8)
-    texts, task_ids = _evaluation_keys(folder)
-    if ids is not None and corpus.shares_ids_with:
-        kept_out = {name for task in corpus.shares_ids_with for name in task_ids.get(task, [])}
-        yield "evaluation_id", lambda rows: np.fromiter((ids[row] in kept_out for row in rows), dtype=bool, count=len(rows))
-    if len(texts):
-        for side in (source, target):
-            keys = text.match_keys(side)
-            yield "evaluation_text", lambda rows, keys=keys: np.isin(keys[rows], texts)
-    if data.detect_language:
-        for side, expected in ((source, data.source_language), (target, lang)):
-            yield (
-                "wrong_language",
-                lambda rows, side=side, expected=expected: _foreign(side.take(rows).to_pylist(), expected, data),
-            )
+def _rejects(unit: Unit, language: str, lines: pa.Array, reasons: pa.Array, texts: pa.Array) -> pa.Table:
+    same = {"corpus": unit["corpus"], "file": unit["path"], "language": language}
+    columns = {name: pa.repeat(pa.scalar(value, pa.string()), len(lines)) for name, value in same.items()}
+    return pa.table(columns | {"line": lines, "reason": reasons, "text": texts})
 
 
-def _foreign(texts: list[str], expected: str, data: Data) -> np.ndarray:
-    """Which texts are in another language of the recipe. Short texts are let through: they cannot be told apart."""
-    names = [language.iso_code_639_1.name.lower() if language else "" for language in _detector(data).detect_languages_in_parallel_of(texts)]
-    return np.array([len(text) >= 20 and name not in ("", expected.split("-")[0]) for text, name in zip(texts, names, strict=True)], dtype=bool)
-
-
-@functools.lru_cache(maxsize=1)
-def _detector_of(languages: tuple[str, ...]) -> Any:
-    try:
-        from lingua import IsoCode639_1, LanguageDetectorBuilder
-    except ImportError:
-        raise Refused("data.detect_language needs lingua; install it with: pip install 'xdist-ray[langid]'") from None
-    try:
-        codes = [getattr(IsoCode639_1, language.split("-")[0].upper()) for language in languages]
-    except AttributeError as error:
-        raise Refused(f"data.detect_language: lingua does not know this language ({error}); turn it off") from None
-    return LanguageDetectorBuilder.from_iso_codes_639_1(*codes).build()
-
-
-def _detector(data: Data) -> Any:
-    return _detector_of((data.source_language, *data.languages))
-
-
-def _bad_rows(chunk: formats.Chunk, corpus: Corpus, unit: dict[str, Any]) -> pa.Table:
-    count = len(chunk.bad)
-    return pa.table(
-        {
-            "corpus": [corpus.name] * count,
-            "file": [unit["path"]] * count,
-            "line": pa.array([bad.line for bad in chunk.bad], pa.int64()),
-            "language": ["+".join(unit["languages"])] * count,
-            "source": [bad.text for bad in chunk.bad],
-            "target": pa.nulls(count, pa.string()),
-            "hash": pa.array(np.zeros(count, np.uint64)),
-            "reason": [bad.reason for bad in chunk.bad],
-        }
-    )
-
-
-def _bucketed(table: pa.Table, shards: int) -> pa.Buffer:
+def _bucketed(table: pa.Table, shards: int, unit: Unit) -> pa.Buffer:
     """An Arrow file whose i-th record batch holds the rows of shard i, so that a shard reads its own rows alone."""
-    table = table.drop_columns(["reason"])
-    shard = table["hash"].to_numpy() % np.uint64(shards)
+    labels = {"corpus": unit["corpus"], "file": unit["path"], "languages": json.dumps(unit["languages"])}
+    hashes = np.concatenate([text.text_hashes(sources) for sources in table["source"].chunks])
+    shard = (hashes % np.uint64(shards)).astype(np.min_scalar_type(shards))
     order = np.argsort(shard, kind="stable")
+    table = table.append_column("hash", pa.array(hashes)).replace_schema_metadata(labels)
     table = table.take(pa.array(order)).combine_chunks()
-    bounds = np.searchsorted(shard[order], np.arange(shards + 1, dtype=np.uint64))
+    bounds = np.searchsorted(shard[order], np.arange(shards + 1))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            batches = table.slice(start, end - start).to_batches()
-            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))
+        for start, end in itertools.pairwise(bounds):
+            (batch,) = table.slice(start, end - start).to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
+            writer.write_batch(batch)
     return sink.getvalue()
-
-
-# --- pass two: a shard's groups ---
-
-
-def _group_shard(item: dict[str, Any], board: cluster.RemoteBoard, folder: str, parts: list[str], shards: int) -> dict[str, Any]:
-    shard = item["shard"]
-    uri = f"{folder}/corpus/{shard:05d}.parquet"
-    if not files.exists(uri):
-        rows = _shard_rows(folder, parts, shard)
-        rows = rows.sort_by([(name, "ascending") for name in ("hash", "language", "target", "corpus", "file", "line")])
-        first = _first_of_run(rows)
-        duplicates = rows.filter(pa.array(~first))
-        _write_rejects(
-            f"{folder}/rejects/duplicates-{shard:05d}.parquet",
-            duplicates.append_column("reason", pa.array(["duplicate"] * len(duplicates), pa.string())),
-        )
-        counts = collections.Counter(duplicates["corpus"].to_pylist())
-        table = _grouped(rows.filter(pa.array(first)))
-        files.write_json(f"{folder}/parts/duplicates-{shard:05d}.json", counts)
-        files.write_table(uri, table)
-    table = files.read_table(uri)
-    board.count(str(shard), len(table))
-    languages, corpora = (collections.Counter(table[name].combine_chunks().flatten().to_pylist()) for name in ("languages", "corpora"))
-    return {
-        "shard": shard,
-        "sentences": len(table),
-        "pairs": sum(languages.values()),
-        "languages": languages,
-        "corpora": corpora,
-        "duplicates": files.read_json(f"{folder}/parts/duplicates-{shard:05d}.json"),
-        "source_characters": pc.sum(pc.utf8_length(table["source"])).as_py() or 0,
-        "target_characters": pc.sum(pc.utf8_length(table["texts"].combine_chunks().flatten())).as_py() or 0,
-    }
-
-
-def _shard_rows(folder: str, parts: list[str], shard: int) -> pa.Table:
-    batches = []
-    for part in parts:
-        with files.open_input(f"{folder}/parts/{part}.arrow") as stream:
-            batches.append(pa.ipc.open_file(stream).get_batch(shard))
-    return pa.Table.from_batches(batches).combine_chunks()
-
-
-def _first_of_run(rows: pa.Table) -> np.ndarray:
-    """Mask of the first of each run of equal (hash, language, target) in sorted rows."""
-    first = np.ones(len(rows), dtype=bool)
-    if len(rows) > 1:
-        same = [pc.equal(rows[name][1:], rows[name][:-1]).to_numpy() for name in ("hash", "language", "target")]
-        first[1:] = ~(same[0] & same[1] & same[2])
-    return first
-
-
-def _grouped(rows: pa.Table) -> pa.Table:
-    hashes = rows["hash"].to_numpy()
-    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.empty(0, np.int64)
-    offsets = pa.array(np.concatenate([starts, [len(hashes)]]), pa.int32())
-
-    def lists(name: str) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, rows[name].combine_chunks())
-
-    return pa.table(
-        {
-            "hash": pa.array(hashes[starts], pa.uint64()),
-            "source": rows["source"].take(pa.array(starts)),
-            "languages": lists("language"),
-            "texts": lists("target"),
-            "corpora": lists("corpus"),
-        }
-    )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xdist import cluster, files
-from xdist.config import Recipe, check
+from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.progress import Progress
 from xdist.store import Fingerprint, VectorStore
@@ -78,7 +78,7 @@ class TeacherActor:
 
         if threads:
             torch.set_num_threads(threads)
-        recipe = check(settings, "recipe")
+        recipe = Recipe(**settings)
         self.folder, self.shards, self.settings = recipe.folder, shards, recipe.teacher
         self.store = VectorStore(recipe.run.storage, Fingerprint(**fingerprint))
         located = encoder.located(recipe.teacher)

@@ -4,8 +4,6 @@ The checkpoint's own sentence-transformers modules do the work (so pooling, proj
 checkpoint says); this module decides arithmetic and attention, cuts batches by tokens, and pools in float32.
 """
 
-import contextlib
-import functools
 import importlib.util
 import json
 import logging
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 
 from xdist import batching
@@ -27,9 +26,15 @@ from xdist.store import Fingerprint
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-WEIGHTS = ("*.safetensors",)
-PICKLES = ("pytorch_model*.bin",)
+WEIGHTS = "model*.safetensors"
+PICKLES = "pytorch_model*.bin"
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
+TOKENS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+
+
+# Tokens of one forward pass without gradient: on a CPU activations should stay in the cache (with 24 tokens a sentence,
+# two cores encoded 654 sentences/s at 2,048, 369 at 4,096, 255 at 16,384), a GPU wants much work at a time.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Encoder(torch.nn.Module):
@@ -39,40 +44,47 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.model = model.to(device)
         self.device, self.dtype, self.prompt = device, dtype, prompt
+        self.prompt_length = _prompt_length(model.tokenizer, prompt)
+        self.positions = positions(self.body)
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
         return int(self.model.get_embedding_dimension() or 0)
 
+    @property
+    def body(self) -> Any:
+        """The transformer."""
+        return self.model[0].auto_model
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask (batch, length) to unit vectors (batch, dimension), float32."""
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.model[0].auto_model(input_ids=ids, attention_mask=mask).last_hidden_state
-        features: dict[str, Any] = {"token_embeddings": hidden.float(), "attention_mask": mask}
+            hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
+        features: dict[str, Any] = {"token_embeddings": hidden.float(), "attention_mask": mask, "prompt_length": self.prompt_length}
         for module in list(self.model)[1:]:
             features = module(features)
         return torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=-1)
 
     def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids with special tokens, cut off at `max_length` (the model's own limit when not given)."""
-        if getattr(self.model[0], "do_lower_case", False):
-            texts = [text.lower() for text in texts]
-        limit = max_length or self.model.max_seq_length
+        limit = max_length or min(self.model.max_seq_length or self.positions, self.positions)
         found = self.model.tokenizer([self.prompt + text for text in texts], truncation=True, max_length=limit)
         return list(found["input_ids"])
 
     def encode(
-        self, texts: Sequence[str], batch_tokens: int = 16384, done: Callable[[int], None] | None = None, max_length: int | None = None
+        self, texts: Sequence[str], batch_tokens: int | None = None, done: Callable[[int], None] | None = None, max_length: int | None = None
     ) -> np.ndarray:
-        """Texts to unit vectors, float32 (n, dimension), in their order. `done` hears how many texts are finished."""
+        """Texts to unit vectors, float32 (n, dimension), in their order. `done` hears how many texts are finished. Raises
+        Refused where the model has fewer positions than `max_length`."""
+        refuse_length(max_length or 0, self.positions)
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         rows = [np.asarray(row) for row in self.tokenize(texts, max_length)] if len(texts) else []
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         finished, training = 0, self.training
         self.eval()
         with torch.inference_mode():
-            for batch in batching.token_batches(lengths, batch_tokens):
+            for batch in batching.token_batches(lengths, batch_tokens or BATCH_TOKENS[self.device.split(":")[0]]):
                 ids, mask = batching.padded([rows[index] for index in batch], self.model.tokenizer.pad_token_id or 0)
                 out[batch] = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)).cpu().numpy()
                 finished += len(batch)
@@ -80,6 +92,35 @@ class Encoder(torch.nn.Module):
                     done(finished)
         self.train(training)
         return out
+
+
+def positions(body: Any) -> int:
+    """How many positions a transformer has a row for; as good as endless where it has no table of positions."""
+    for module in body.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings - first_position(module)
+    return 1 << 30
+
+
+def first_position(embeddings: Any) -> int:
+    """The row of a text's first position: RoBERTa and its kin count from the padding token's id on."""
+    padding = getattr(embeddings, "padding_idx", None)
+    return padding + 1 if isinstance(padding, int) and not isinstance(embeddings, torch.nn.Embedding) else 0
+
+
+def refuse_length(limit: int, available: int) -> None:
+    """Raises Refused for texts longer than the model has positions."""
+    if limit > available:
+        raise Refused(f"max_length {limit} is more than the model's {available} positions; lower teacher.max_length or student.max_length")
+
+
+def _prompt_length(tokenizer: Any, prompt: str) -> int:
+    """Tokens of the prompt, for models that pool without it; its closing special token does not count."""
+    if not prompt:
+        return 0
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
 def load(folder: str, precision: str = "auto", attention: str = "auto", trust_remote_code: bool = False, prompt: str = "") -> Encoder:
@@ -90,18 +131,21 @@ def load(folder: str, precision: str = "auto", attention: str = "auto", trust_re
 
 
 def sentence_transformer(folder: str, attention: str, trust_remote_code: bool = False) -> "SentenceTransformer":
-    """The checkpoint as sentence-transformers loads it, without its progress bars. Plain checkpoints get mean pooling."""
+    """The checkpoint as sentence-transformers loads it, without its progress bars, in float32 whatever it was saved in.
+    Plain checkpoints get mean pooling."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    options = {"attn_implementation": attention, "dtype": torch.float32}
     try:
-        return SentenceTransformer(
-            folder, device="cpu", trust_remote_code=trust_remote_code, model_kwargs={"attn_implementation": attention}, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust_remote_code, model_kwargs=options, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Refused(f"{folder} is not a checkpoint that can be loaded: {error}") from None
+    if not hasattr(model[0], "auto_model"):
+        raise Refused(f"{folder} is no transformer: its first module is {type(model[0]).__name__}; choose a transformer checkpoint")
+    return model
 
 
 def chosen_dtype(precision: str, device: str) -> torch.dtype:
@@ -124,12 +168,12 @@ def located(settings: Teacher) -> str:
 
     Raises Refused where it is missing, has no weights, or has only pickle weights and these are not allowed.
     """
-    name = settings.model
+    name = os.path.expanduser(settings.model)
     if name.startswith("package:"):
         folder = _in_package(name.removeprefix("package:"))
     elif os.path.isdir(name):
         folder = name
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif name.startswith((".", "/")) or name.count("/") > 1:
         raise Refused(f"{name}: no such folder; give a folder with a checkpoint or a hub id such as owner/name")
     else:
         folder = _from_hub(settings)
@@ -139,9 +183,11 @@ def located(settings: Teacher) -> str:
 
 def _in_package(path: str) -> str:
     package, _, inner = path.partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise Refused(f"Python package {package} is not installed; install it, or choose another model (the demo's: pip install 'xdist-ray[demo]')")
+        raise Refused(
+            f"Python package {package} is not installed; install it, or choose another model (the demo's: pip install 'xdist-ray[demo]')"
+        )
     folder = os.path.join(spec.submodule_search_locations[0], inner)
     if not os.path.isdir(folder):
         raise Refused(f"Python package {package} has no folder {inner!r}")
@@ -152,9 +198,10 @@ def _from_hub(settings: Teacher) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [*SETTINGS, *WEIGHTS] + (list(PICKLES) if settings.allow_pickle else []) + (["*.py"] if settings.trust_remote_code else [])
+    wanted = [*SETTINGS, "*.safetensors"] + (["*.bin"] if settings.allow_pickle else []) + (["*.py"] if settings.trust_remote_code else [])
+    other = ["onnx/*", "openvino/*"]  # the same model for other engines
     try:
-        return str(snapshot_download(settings.model, revision=settings.revision, allow_patterns=wanted))
+        return str(snapshot_download(settings.model, revision=settings.revision, allow_patterns=wanted, ignore_patterns=other))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise Refused(
             f"model {settings.model} is neither a folder nor reachable on the hub nor in its cache ({type(error).__name__}). "
@@ -163,37 +210,54 @@ def _from_hub(settings: Teacher) -> str:
 
 
 def _check_weights(folder: str, settings: Teacher) -> None:
-    if not any(True for pattern in WEIGHTS for _ in Path(folder).glob(pattern)):
-        if not any(True for pattern in PICKLES for _ in Path(folder).glob(pattern)):
-            raise Refused(f"{folder} holds no weights (model.safetensors): is it a checkpoint, and is it whole?")
-        if not settings.allow_pickle:
+    transformer, *others = _modules(folder)
+    if not any(transformer.glob(WEIGHTS)):
+        if settings.allow_pickle and any(transformer.glob(PICKLES)):
+            return
+        if any(transformer.glob(PICKLES)):
             raise Refused(
                 f"{folder} has only pickle weights (.bin), which can run code when read. Convert them to safetensors, "
                 "or set teacher.allow_pickle: true if you trust their origin"
             )
-    modules = [path.name for path in Path(folder).glob("*/pytorch_model.bin") if not (path.parent / "model.safetensors").exists()]
-    if modules and not settings.allow_pickle:
-        raise Refused(f"{folder} has a module with pickle weights; convert it to safetensors, or set teacher.allow_pickle: true")
+        raise Refused(
+            f"{folder} holds no weights ({WEIGHTS}): is it a checkpoint, and is it whole? A hub checkpoint may have pickle weights "
+            "(.bin) alone: these are downloaded only with teacher.allow_pickle: true"
+        )
+    pickled = [module for module in others if any(module.glob(PICKLES)) and not any(module.glob(WEIGHTS))]
+    if pickled and not settings.allow_pickle:
+        raise Refused(f"{pickled[0]} is a module with pickle weights; convert it to safetensors, or set teacher.allow_pickle: true")
+
+
+def _modules(folder: str) -> list[Path]:
+    """Folders of the checkpoint's modules, the transformer's first; a plain checkpoint is one module."""
+    listed = Path(folder, "modules.json")
+    try:
+        return [Path(folder, entry["path"]) for entry in json.loads(listed.read_text("utf-8"))] if listed.exists() else [Path(folder)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{listed} is damaged ({error!r}); download the checkpoint again") from None
 
 
 def fingerprint(settings: Teacher, folder: str, dimension: int) -> Fingerprint:
-    """The identity of the vectors that this teacher gives with these settings."""
+    """The identity of the vectors that this teacher gives with these settings; where the folder lies does not count."""
+    weights, shaping = [], [Path(folder, "modules.json")]
+    for module in _modules(folder):
+        weights += list(module.glob(WEIGHTS)) or list(module.glob(PICKLES))
+        shaping += [path for pattern in ("config.json", "sentence_*config.json", *TOKENS) for path in module.glob(pattern)]
     return Fingerprint(
         model=settings.model,
-        weights=_digest(folder, (*WEIGHTS, *PICKLES)),
+        weights=_digest(folder, weights),
         dimension=dimension,
         max_length=settings.max_length,
         prompt=settings.prompt,
-        modules=_digest(folder, ("tokenizer*", "vocab*", "modules.json", "config.json", "sentence_bert_config.json", "*/config.json")),
+        modules=_digest(folder, shaping),
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _digest(folder: str, patterns: tuple[str, ...]) -> str:
+def _digest(folder: str, paths: list[Path]) -> str:
     state = xxhash.xxh3_64()
-    for path in sorted({path for pattern in patterns for path in Path(folder).rglob(pattern) if path.is_file()}):
-        state.update(str(path.relative_to(folder)).encode())
-        with contextlib.suppress(IsADirectoryError), open(path, "rb") as stream:
+    for path in sorted({path for path in paths if path.is_file()}):
+        state.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as stream:
             while block := stream.read(1 << 22):
                 state.update(block)
     return state.hexdigest()

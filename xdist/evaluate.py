@@ -14,7 +14,7 @@ import numpy as np
 from xdist import cluster, files, metrics, tasks
 from xdist.config import Recipe, Task
 from xdist.metrics import Score
-from xdist.progress import Progress
+from xdist.progress import Progress, say
 
 MODELS = ("teacher", "before", "after")
 FEW_SHOT_SEEDS = 5
@@ -36,7 +36,7 @@ def evaluate(recipe: Recipe) -> list[Row]:
     items = [{"model": model} for model in MODELS]
     texts = _texts(recipe)
     with Progress("evaluate", "texts", len(texts) * len(MODELS)) as progress:
-        arguments = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
+        arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
         for _ in cluster.stream(items, _encode_model, progress, cpus=cpus, gpus=gpus, **arguments):
             pass
     vectors = {model: dict(zip(texts, _load(recipe, model), strict=True)) for model in MODELS}
@@ -47,13 +47,17 @@ def evaluate(recipe: Recipe) -> list[Row]:
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """All texts of all tasks, each once, in a fixed order."""
+    """All texts of all tasks, each once, in a fixed order: labelled rows of other languages only where few-shot heads are
+    fitted on them."""
     found: dict[str, None] = {}
     for task in recipe.evaluate.tasks:
-        for split in ("train", "test") if task.kind == "classification" else ("test",):
-            for lang in recipe.task_languages(task):
-                rows = tasks.read(recipe, task, split, lang)
-                found.update(dict.fromkeys(rows["text"] + rows.get("text2", [])))
+        langs = recipe.task_languages(task)
+        wanted = [("test", lang) for lang in langs]
+        if task.kind == "classification":
+            wanted += [("train", lang) for lang in dict.fromkeys([recipe.data.source_language, *(langs if task.shots else [])])]
+        for split, lang in wanted:
+            rows = tasks.read(recipe, task, split, lang)
+            found.update(dict.fromkeys(rows["text"] + rows.get("text2", [])))
     return list(found)
 
 
@@ -127,6 +131,8 @@ def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> 
             yield from ((model, lang, f"zero_shot_{name}", score) for name, score in _scored(recipe, head, test["label"], predicted))
         if task.shots:
             train = tasks.read(recipe, task, "train", lang)
+            if max(task.shots) > len(train["text"]):
+                say(f"  {task.name}: only {len(train['text'])} training rows for {lang}, larger few-shot samples are left out")
             for model, known in vectors.items():
                 yield from ((model, lang, name, score) for name, score in _few_shot(recipe, task, train, test, known))
 
@@ -153,8 +159,8 @@ def _few_shot(recipe: Recipe, task: Task, train: tasks.Rows, test: tasks.Rows, k
 
 
 def _sts(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
-    """Spearman's correlation of the cosine with people's scores."""
-    from scipy.stats import spearmanr
+    """Spearman's correlation of the cosine with people's scores; 0 where either is constant."""
+    from scipy.stats import rankdata
 
     for lang in recipe.task_languages(task):
         rows = tasks.read(recipe, task, "test", lang)
@@ -162,7 +168,8 @@ def _sts(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
         for model, known in vectors.items():
             cosines = (_stack(rows["text"], known) * _stack(rows["text2"], known)).sum(1)
 
-            def correlation(picked: np.ndarray, cosines: np.ndarray = cosines) -> float:
-                return float(spearmanr(cosines[picked], wanted[picked]).statistic)
+            def correlation(picked: np.ndarray, cosines: np.ndarray = cosines, wanted: np.ndarray = wanted) -> float:
+                ranks = np.stack([rankdata(cosines[picked]), rankdata(wanted[picked])])
+                return float(np.corrcoef(ranks)[0, 1]) if ranks.std(axis=1).all() else 0.0
 
             yield model, lang, "spearman", metrics.bootstrap(correlation, len(wanted), recipe.evaluate.bootstrap, recipe.run.seed)

@@ -13,8 +13,8 @@ import os
 import posixpath
 import secrets
 import shutil
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -39,10 +39,13 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """A path or URI as (filesystem, path within it)."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
-    parts = urlsplit(uri)
-    if parts.scheme == "file":
-        return pafs.LocalFileSystem(), parts.path
-    return _backend(parts.scheme, parts.netloc), f"{parts.netloc}{parts.path}".strip("/")
+    scheme, _, rest = uri.partition("://")
+    if scheme == "file":
+        return pafs.LocalFileSystem(), rest
+    fs = _backend(scheme, rest.partition("/")[0])
+    if isinstance(fs, pafs.PyFileSystem):  # fsspec's own spelling, which some of its file systems insist on
+        return fs, fs.handler.fs._strip_protocol(uri)
+    return fs, rest.strip("/")
 
 
 def is_local(uri: str) -> bool:
@@ -57,9 +60,12 @@ def exists(uri: str) -> bool:
 
 
 def size(uri: str) -> int:
-    """Bytes of a file."""
+    """Bytes of a file, or of all files in a folder."""
     fs, path = resolve(uri)
-    return int(fs.get_file_info(path).size or 0)
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        return sum(int(inside.size or 0) for inside in fs.get_file_info(pafs.FileSelector(path, recursive=True)))
+    return int(info.size or 0)
 
 
 def names(folder: str, suffix: str = "") -> list[str]:
@@ -90,24 +96,35 @@ def write(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file whole or not at all. Raises Refused when the disk is full; nothing is left behind then."""
     fs, path = resolve(uri)
     if not isinstance(fs, pafs.LocalFileSystem):
-        fs.create_dir(posixpath.dirname(path), recursive=True)
+        if folder := posixpath.dirname(path):
+            fs.create_dir(folder, recursive=True)
         with fs.open_output_stream(path) as stream:
             stream.write(data)
         return
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+    with _room_for(uri):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(temporary, "wb") as local:
+                local.write(data)
+                local.flush()
+                os.fsync(local.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _room_for(uri: str) -> Iterator[None]:
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Refused(f"{folder}: the disk is full while writing {name}; free space or change run.storage, then run again") from None
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if error.errno in full or any(os.strerror(code) in str(error) for code in full):  # shutil.Error lists messages alone
+            raise Refused(f"the disk is full while writing {uri}; free space or change run.storage, then run again") from None
         raise
 
 
@@ -156,13 +173,22 @@ def remove(uri: str) -> None:
 
 def upload(folder: str, uri: str) -> None:
     """Copy a local folder's files to a folder of the storage; a local target changes over in one rename."""
+    fs, path = resolve(uri)
     if not is_local(uri):
-        pafs.copy_files(folder, resolve(uri)[1], source_filesystem=pafs.LocalFileSystem(), destination_filesystem=resolve(uri)[0])
+        pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
         return
-    temporary = f"{uri}.tmp-{secrets.token_hex(4)}"
-    shutil.copytree(folder, temporary)
-    shutil.rmtree(uri, ignore_errors=True)
-    os.replace(temporary, uri)
+    token = secrets.token_hex(4)
+    temporary, old = f"{path}.tmp-{token}", f"{path}.old-{token}"
+    with _room_for(uri):
+        try:
+            shutil.copytree(folder, temporary)
+            if os.path.lexists(path):
+                os.replace(path, old)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def download(uri: str, folder: str) -> str:
@@ -170,5 +196,6 @@ def download(uri: str, folder: str) -> str:
     fs, path = resolve(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         return path
+    os.makedirs(folder, exist_ok=True)
     pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
     return folder

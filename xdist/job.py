@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from xdist import config
+from xdist import recipes
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -12,8 +12,9 @@ from xdist.errors import Refused
 def run(description: str | None, work: Callable[..., None], flags: dict[str, str] | None = None) -> int:
     """Run `work(recipe, **flags)`. Exit code 0, 2 for what the user can mend (told in one message), 130 for Ctrl-C."""
     try:
-        recipe, args = config.parse(sys.argv[1:], description or "", flags)
-        work(recipe, **{name.replace("-", "_"): getattr(args, name) for name in flags or {}})
+        recipe, args = recipes.parse(sys.argv[1:], description or "", flags)
+        options = [name.replace("-", "_") for name in flags or {}]
+        work(recipe, **{name: getattr(args, name) for name in options})
     except Refused as error:
         print(f"\nxdist: {error}", file=sys.stderr, flush=True)
         return 2

@@ -80,9 +80,11 @@ class Head:
 
 
 def fit_head(vectors: np.ndarray, labels: list[str]) -> Head:
-    """Multinomial logistic regression (scikit-learn, L2)."""
+    """Multinomial logistic regression (scikit-learn, L2); where there is one class alone, a head that always says it."""
     from sklearn.linear_model import LogisticRegression
 
+    if len(set(labels)) == 1:
+        return Head(np.zeros((1, vectors.shape[1]), np.float32), np.zeros(1, np.float32), [labels[0]])
     model = LogisticRegression(C=REGULARISATION, max_iter=2000).fit(vectors, labels)
     weights, bias = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
@@ -98,13 +100,13 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
 
 
 def few_shot(labels: list[str], size: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of a class-stratified sample of about `size` rows: every class at least once where size allows it."""
-    names, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    wanted = np.maximum(1, np.floor(size * counts / counts.sum()).astype(int))
-    chosen = []
-    for place in range(len(names)):
-        rows = rng.permutation(np.flatnonzero(inverse == place))
-        chosen.append(rows[: wanted[place]])
-    picked = np.concatenate(chosen)
-    rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), picked))
-    return np.concatenate([picked, rest[: max(0, size - len(picked))]])
+    """Indices of a class-stratified sample of `size` rows: every class once, as far as size goes, then in proportion.
+
+    Samples drawn with equal generators are nested: a smaller one is the beginning of a larger one.
+    """
+    inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row within its class
+    due = np.where(place > 0, (place + rng.random(len(labels))) / np.repeat(counts, counts), -rng.random(len(labels)))
+    return by_class[np.argsort(due, kind="stable")[:size]]

@@ -1,18 +1,20 @@
 """The stages in order. Each job calls one function here; each stage does only what is not done yet.
 
-    prepare → build the student → plan → embed → tokenise → train → evaluate → report
+prepare → build the student → plan → embed → tokenise → train → evaluate → report
 """
 
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from xdist import cluster, corpus, files
-from xdist.config import Recipe, differing
+from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.errors import Refused
 from xdist.progress import duration, say
+from xdist.recipes import differing
 
 
 def settle(recipe: Recipe) -> None:
@@ -63,8 +65,7 @@ def embed(recipe: Recipe) -> None:
 
 def distill(recipe: Recipe, plan: bool = False) -> None:
     """Everything: from corpora to report. With `plan`, stop after the plan."""
-    from xdist import embed as embedding
-    from xdist import encoder, evaluate, planning, report, selection, shards, student, track, train
+    from xdist import encoder, report, student, track
     from xdist.store import VectorStore
 
     started = time.monotonic()
@@ -72,49 +73,66 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     folder = encoder.located(recipe.teacher)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
-        teacher = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
+        settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
+        teacher = encoder.load(folder, *settings, recipe.teacher.prompt)
         fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
         initial = student.build(recipe, folder, prepared)
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
-            untrained = encoder.load(student.local(initial), recipe.train.precision, recipe.train.attention)
-            made = planning.make(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint), recipe.cluster.workers)
-            planning.write(recipe, made)
-            planning.show(recipe, made)
+            untrained = encoder.load(student.local(initial), *settings)
+            _plan(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint))
         if plan:
             say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
             return
         with track.run(recipe, "distill") as run_id:
-            log = _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, _digests(recipe, prepared)))
-            embedded = embedding.embed(recipe, prepared, fingerprint)
-            _once(recipe, "embed", lambda: track.log_metrics({f"embed/{k}": float(v) for k, v in asdict(embedded).items()}))
-            _keep(recipe, embedded)
-            manifest = shards.cut(recipe, prepared, fingerprint, initial)
-            if not files.exists(f"{recipe.folder}/student/modules.json"):
-                selection.prepare(recipe, teacher)
-                best = train.train(recipe, manifest, run_id, track.uri_of(recipe))
-                train.export(recipe, best)
-            rows = evaluate.evaluate(recipe)
-            log = _once(recipe, "evaluation", lambda: track.log_metrics(report.as_metrics(rows)))
-            report.write(recipe, run_id)
-            if log or not files.exists(f"{recipe.folder}/logged/model.json"):
-                _once(recipe, "model", lambda: _log_results(recipe))
+            _embed_and_train(recipe, prepared, teacher, fingerprint, initial, run_id)
+            rows = _evaluate(recipe, run_id)
+            _once(recipe, "model", lambda: _log_results(recipe))
     say(report.table(recipe, rows))
     say(_next(recipe, time.monotonic() - started))
 
 
+def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, store: Any) -> None:
+    from xdist import planning
+
+    plan = planning.make(recipe, prepared, teacher, untrained, store, recipe.cluster.workers)
+    planning.write(recipe, plan)
+    planning.show(recipe, plan)
+
+
+def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerprint: Any, initial: str, run_id: str) -> None:
+    from xdist import embed as embedding
+    from xdist import selection, shards, track, train
+
+    _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, prepared.digests))
+    embedded = embedding.embed(recipe, prepared, fingerprint)
+    _keep(recipe, embedded)
+    _once(recipe, "embed", lambda: track.log_metrics({f"embed/{key}": float(value) for key, value in asdict(embedded).items()}))
+    manifest = shards.cut(recipe, prepared, fingerprint, initial)
+    if not files.exists(f"{recipe.folder}/student/modules.json"):
+        selection.prepare(recipe, teacher)
+        best = train.train(recipe, manifest, run_id, track.uri_of(recipe))
+        train.export(recipe, best)
+
+
+def _evaluate(recipe: Recipe, run_id: str) -> list[dict[str, Any]]:
+    from xdist import evaluate as evaluation
+    from xdist import report, track
+
+    rows = evaluation.evaluate(recipe)
+    track.log_metrics(report.as_metrics(rows))
+    report.write(recipe, run_id)
+    return rows
+
+
 def evaluate(recipe: Recipe) -> None:
     """Measure a trained run anew, and write its report."""
-    from xdist import evaluate as evaluation
     from xdist import report, track
 
     settle(recipe)
     _need_student(recipe)
     files.remove(f"{recipe.folder}/evaluation.json")
-    with cluster.connected(recipe.cluster):
-        rows = evaluation.evaluate(recipe)
-    with track.run(recipe, "evaluate") as run_id:
-        track.log_metrics(report.as_metrics(rows))
-        report.write(recipe, run_id)
+    with cluster.connected(recipe.cluster), track.run(recipe, "evaluate") as run_id:
+        rows = _evaluate(recipe, run_id)
     say(report.table(recipe, rows))
 
 
@@ -144,22 +162,11 @@ def _once(recipe: Recipe, name: str, work: Callable[[], object]) -> bool:
     return True
 
 
-def _keep(recipe: Recipe, embedded: object) -> None:
+def _keep(recipe: Recipe, embedded: Any) -> None:
+    """What the first pass over the corpus embedded stays on record; a continued run finds it all in the store."""
     marker = f"{recipe.folder}/embed.json"
     if not files.exists(marker):
-        files.write_json(marker, asdict(embedded))  # type: ignore[call-overload]
-
-
-def _digests(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
-    """A digest of each corpus as it was kept: pairs and rejects stand for its content."""
-    import xxhash
-
-    return {
-        name: xxhash.xxh3_64_hexdigest(
-            f"{prepared.corpora.get(name, 0)}/{sorted(rejected.items())}/{prepared.source_characters}".encode()
-        )
-        for name, rejected in prepared.rejected_by_corpus.items()
-    }
+        files.write_json(marker, asdict(embedded))
 
 
 def _log_results(recipe: Recipe) -> None:

@@ -81,7 +81,8 @@ def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, li
     sources: list[str] = []
     texts: dict[str, list[str]] = {}
     for shard in range(prepared.shards):
-        table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["source", "languages", "texts"]).slice(0, 4 * PROBE_SENTENCES)
+        table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["source", "languages", "texts"])
+        table = table.slice(0, 4 * PROBE_SENTENCES)
         sources += table["source"].to_pylist()
         for languages, found in zip(table["languages"].to_pylist(), table["texts"].to_pylist(), strict=True):
             for lang, text in zip(languages, found, strict=True):
@@ -144,11 +145,12 @@ def show(recipe: Recipe, plan: Plan) -> None:
     say(f"  already embedded     {plan.cached:>12,}   {plan.cached / max(1, plan.sentences):.0%}")
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in plan.rejected.items()) or "none"
     say(f"  rejected             {sum(plan.rejected.values()):>12,}   {rejected}")
-    say(f"  teacher tokens       {plan.source_tokens:>12,}   {plan.teacher_sentences_per_second:,.0f} sentences/s measured")
-    say(f"  training tokens      {plan.training_tokens:>12,}   {plan.training_steps:,} steps, {plan.student_tokens_per_second:,.0f} tokens/s measured")
+    say(f"  teacher tokens       {plan.source_tokens:>12,}   measured {plan.teacher_sentences_per_second:,.0f} sentences/s")
+    rate = f"{plan.training_steps:,} steps; measured {plan.student_tokens_per_second:,.0f} tokens/s"
+    say(f"  training tokens      {plan.training_tokens:>12,}   {rate}")
     say(f"  disk                 {megabytes(plan.store_bytes + plan.shard_bytes):>12}   vectors and shards")
-    say(f"  time                 {duration(plan.embed_seconds + plan.train_seconds):>12}   embed {duration(plan.embed_seconds)}, "
-        f"train {duration(plan.train_seconds)}")  # fmt: skip
+    parts = f"embed {duration(plan.embed_seconds)}, train {duration(plan.train_seconds)}"
+    say(f"  time                 {duration(plan.embed_seconds + plan.train_seconds):>12}   {parts}")
 
 
 def _shares(counts: dict[str, int]) -> str:

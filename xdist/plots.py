@@ -9,13 +9,13 @@ import numpy as np
 from xdist.config import Recipe
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 COLOURS = {"teacher": "#9aa5b1", "before": "#e0b04c", "after": "#1f6f8b"}
 LABELS = {"teacher": "teacher", "before": "student before", "after": "student after"}
 PALETTE = ["#1f6f8b", "#e07a5f", "#81b29a", "#e0b04c", "#6d597a", "#9aa5b1", "#355070", "#b56576", "#43aa8b", "#577590"]
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ed", "axes.axisbelow": True,
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "svg.hashsalt": "xdist",
@@ -85,7 +85,8 @@ def _few_shot(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
         return None
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(1 + 3.4 * across, 0.6 + 2.7 * down), squeeze=False, sharey=True, layout="constrained")
+    size = (1 + 3.4 * across, 0.6 + 2.7 * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (task, lang) in zip(axes.flat, panels, strict=False):
         for model, colour in COLOURS.items():
             here = [row for row in rows if (row["task"], row["language"], row["model"]) == (task, lang, model)]
@@ -129,13 +130,14 @@ def _line(axis: Any, curves: dict[str, Any], names: dict[str, str], marker: str 
     for colour, (name, label) in zip(PALETTE * 3, names.items(), strict=False):
         if curves.get(name):
             axis.plot(*zip(*curves[name], strict=True), color=colour, label=label, marker=marker, ms=3, lw=1.5)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="best" if len(names) < 4 else "center left", bbox_to_anchor=None if len(names) < 4 else (1.0, 0.5))
 
 
 def _composition(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     """Pairs by corpus and texts by language."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(3, len(found["prepared"]["corpora"]))), layout="constrained")
-    for axis, counts, title in ((axes[0], found["prepared"]["corpora"], "Pairs by corpus"), (axes[1], found["plan"]["languages"], "Texts by language")):
+    corpora, languages = found["prepared"]["corpora"], found["plan"]["languages"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(3, len(corpora), len(languages))), layout="constrained")
+    for axis, counts, title in ((axes[0], corpora, "Pairs by corpus"), (axes[1], languages, "Texts by language")):
         names = sorted(counts, key=lambda name: counts[name])
         bars = axis.barh(names, [counts[name] for name in names], color=PALETTE[0])
         axis.bar_label(bars, [f"{counts[name]:,}" for name in names], padding=3, fontsize=8)
@@ -177,7 +179,8 @@ def _lengths(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
         axis.set_title(title)
         axis.set_xlabel("tokens (at most)")
         axis.set_xlim(0, recipe.student.max_length)
-        axis.legend(fontsize=8)
+        if histograms:
+            axis.legend(fontsize=8)
     axes[0].set_ylabel("share of texts, %")
     return figure
 
@@ -191,8 +194,9 @@ def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     signs = dict(zip([recipe.data.source_language, *recipe.data.languages], "*os^Dv<>ph" * 3, strict=False))
     for row in rows:
         colour = PALETTE[row["group"] % len(PALETTE)]
-        axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=150 if signs[row["language"]] == "*" else 50, alpha=0.85)
-        if row["language"] == recipe.data.source_language:
+        source = row["language"] == recipe.data.source_language
+        axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=150 if source else 50, alpha=0.85)
+        if source:
             short = row["text"] if len(row["text"]) < 60 else row["text"][:57] + "…"
             axis.annotate(short, (row["x"], row["y"]), xytext=(7, 7), textcoords="offset points", fontsize=8, color=colour)
     for lang, sign in signs.items():

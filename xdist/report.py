@@ -104,11 +104,10 @@ def _projection(recipe: Recipe, sentences: int = 8) -> list[Row]:
     wanted = set(recipe.data.languages)
     groups = [group for group in shards.holdout(recipe.folder) if wanted <= set(group["languages"])]
     groups = sorted(groups, key=lambda group: -len(group["source"]))[: 10 * sentences : 10] or shards.holdout(recipe.folder)[:sentences]
-    rows = [
-        {"group": number, "language": lang, "text": text}
-        for number, group in enumerate(groups)
-        for lang, text in {recipe.data.source_language: group["source"], **dict(zip(group["languages"], group["texts"], strict=True))}.items()
-    ]
+    rows = []
+    for number, group in enumerate(groups):
+        texts = {recipe.data.source_language: group["source"], **dict(zip(group["languages"], group["texts"], strict=True))}
+        rows += [{"group": number, "language": lang, "text": text} for lang, text in texts.items()]
     if len(rows) < 3:
         return []
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,14 +142,16 @@ def model_card(recipe: Recipe, found: dict[str, Any]) -> str:
         "fitted on the teacher's vectors works on this model's vectors in every language.",
         "", "```python", "from sentence_transformers import SentenceTransformer", "",
         'student = SentenceTransformer("path/to/this/folder")', 'vectors = student.encode(["The patient has pneumonia."])', "```", "",
-        "## Results", "", "| task | language | measure | teacher | student before | student after | 95 % interval |", "|---|---|---|---|---|---|---|",
+        "## Results", "",
+        "| task | language | measure | teacher | student before | student after | 95 % interval |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     cells: dict[tuple[str, str, str], dict[str, Row]] = collections.defaultdict(dict)
     for row in headline(found["evaluation"]):
         cells[(row["task"], row["language"], row["metric"])][row["model"]] = row
     for (task, lang, metric), models in cells.items():
         values = " | ".join(f"{100 * models[model]['value']:.1f}" for model in NAMES)
-        lines.append(f"| {task} | {lang} | {metric} | {values} | {100 * models['after']['low']:.1f} to {100 * models['after']['high']:.1f} |")
+        interval = f"{100 * models['after']['low']:.1f} to {100 * models['after']['high']:.1f}"
+        lines.append(f"| {task} | {lang} | {metric} | {values} | {interval} |")
     lines += ["", "## Training text", "", "| corpus | pairs |", "|---|---|"]
     lines += [f"| {name} | {count:,} |" for name, count in found["prepared"]["corpora"].items()]
     lines += ["", "Texts of the evaluation sets above were kept out of training.", ""]

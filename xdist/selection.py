@@ -64,10 +64,12 @@ class Judge:
     def scores(self, student: "Encoder") -> dict[str, float]:
         """Accuracy by name: retrieval (mean of both directions) and zero-shot classification, each in [0, 1]."""
         found: dict[str, float] = {}
+        texts = [text for sides in self.parallel.values() for side in sides.values() for text in side]
+        texts = list(dict.fromkeys(texts + [text for _, rows, _ in self.labelled.values() for text in rows]))
+        place, vectors = {text: number for number, text in enumerate(texts)}, student.encode(texts)
         for name, sides in self.parallel.items():
-            a, b = (student.encode(texts) for texts in sides.values())
+            a, b = (vectors[[place[text] for text in side]] for side in sides.values())
             found[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
-        for name, (head, texts, truth) in self.labelled.items():
-            found[name] = float((head.predict(student.encode(texts)) == truth).mean())
+        for name, (head, rows, truth) in self.labelled.items():
+            found[name] = float((head.predict(vectors[[place[text] for text in rows]]) == truth).mean())
         return found
-

@@ -51,7 +51,7 @@ def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: s
     if files.exists(marker):
         return Manifest(**files.read_json(marker))
     items = [{"shard": shard, "hold": _held_out(recipe, prepared, shard)} for shard in range(prepared.shards)]
-    with Progress("tokenise", "sequences") as progress:
+    with Progress("tokenise", "sequences", prepared.pairs + prepared.sentences) as progress:
         work = cluster.stream(
             items, _cut_shard, progress, settings=recipe.model_dump(mode="json"), shards=prepared.shards,
             fingerprint=asdict(fingerprint), student=student,
@@ -80,7 +80,7 @@ def _cut_shard(
 ) -> dict[str, Any]:
     recipe = Recipe(**settings)
     shard, folder = item["shard"], recipe.folder
-    tokenizer, lower = _tokenizer(student, recipe.student.max_length)
+    tokenizer = _tokenizer(student, recipe.student.max_length)
     uri = f"{folder}/shards/{shard:05d}.safetensors"
     if not files.exists(uri):
         table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
@@ -88,12 +88,12 @@ def _cut_shard(
         files.write_table(f"{folder}/holdout/{shard:05d}.parquet", table.filter(pa.array(held)))
         chosen = ~held & (table["hash"].to_numpy() <= np.uint64(recipe.data.sample * (2**64 - 1)) if recipe.data.sample < 1 else True)
         table = table.filter(pa.array(chosen))
-        tensors = _sequences(table, recipe.data, tokenizer, lower)
+        tensors = _sequences(table, recipe.data, tokenizer)
         tensors["vectors"] = VectorStore(recipe.run.storage, Fingerprint(**fingerprint)).vectors(shards, shard, table["hash"].to_numpy())
         files.write(uri, safetensors.numpy.save(tensors))
-    tensors = safetensors.numpy.load(files.read(uri))
+    tensors = _read(uri)
     board.count(str(shard), len(tensors["group"]))
-    return {"shard": shard, "pad": tokenizer.token_to_id(_pad_token(student))} | _counts(tensors, recipe.data)
+    return {"shard": shard, "pad": tokenizer.token_to_id(_pad_token(student)) or 0} | _counts(tensors, recipe.data)
 
 
 def _hold_out(table: pa.Table, count: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def _hold_out(table: pa.Table, count: int) -> np.ndarray:
     return held
 
 
-def _sequences(table: pa.Table, data: Data, tokenizer: Tokenizer, lower: bool) -> dict[str, np.ndarray]:
+def _sequences(table: pa.Table, data: Data, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """All texts of the groups as flat token ids: sources first, then translations."""
     lists = table["languages"].combine_chunks() if len(table) else pa.array([], pa.list_(pa.string()))
     texts = table["source"].to_pylist() + (table["texts"].combine_chunks().flatten().to_pylist() if len(table) else [])
@@ -114,7 +114,7 @@ def _sequences(table: pa.Table, data: Data, tokenizer: Tokenizer, lower: bool) -
     of_translations = _indices(lists.flatten().to_pylist(), languages)
     corpus = _indices(table["corpora"].combine_chunks().flatten().to_pylist() if len(table) else [], corpora)
     firsts = corpus[np.concatenate([[0], np.cumsum(sizes)[:-1]])] if len(table) else corpus
-    ids = [encoding.ids for encoding in tokenizer.encode_batch([t.lower() for t in texts] if lower else texts)]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     small = tokenizer.get_vocab_size() <= 65536
     return {
         "ids": np.fromiter((id_ for row in ids for id_ in row), dtype=np.uint16 if small else np.int32),
@@ -144,12 +144,12 @@ def _counts(tensors: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(student: str, max_length: int) -> tuple[Tokenizer, bool]:
-    """The student's tokenizer without loading the model, and whether texts are lower-cased first."""
+def _tokenizer(student: str, max_length: int) -> Tokenizer:
+    """The student's tokenizer, without loading the model."""
     tokenizer = Tokenizer.from_str(files.read(f"{student}/tokenizer.json").decode())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
-    return tokenizer, bool(files.read_json(f"{student}/sentence_bert_config.json").get("do_lower_case", False))
+    return tokenizer
 
 
 def _pad_token(student: str) -> str:
@@ -174,19 +174,24 @@ class Order:
     def __init__(self, folder: str, data: Data, train: Train, seed: int, manifest: Manifest):
         self.folder, self.data, self.train, self.seed, self.manifest = folder, data, train, seed, manifest
         self.weights = self._weights()
-        if not self.weights.any():
+        if not self.window_steps(list(range(len(manifest.tokens)))):
             raise Refused("there is nothing to train on: all languages or corpora are empty or have weight 0")
 
     def _weights(self) -> np.ndarray:
-        """How often a sequence is seen per epoch, by (corpus, language)."""
-        by_language = batching.language_weights(
-            self.manifest.totals(self.manifest.sequences), self.data.temperature, self.data.source_language, self.data.source_weight
-        )
+        """How often a sequence is seen per epoch, by (corpus, language): corpora by their weight, and then languages so that
+        their shares of what is seen follow the temperature."""
         by_corpus = {corpus.name: corpus.weight for corpus in self.data.corpora}
-        return np.array([[by_corpus[corpus] * by_language.get(lang, 0) for lang in self.manifest.languages] for corpus in self.manifest.corpora])
+        seen = {
+            lang: sum(by_corpus[corpus] * counts.get(lang, 0) for shard in self.manifest.sequences for corpus, counts in shard.items())
+            for lang in self.manifest.languages
+        }
+        by_language = batching.language_weights(seen, self.data.temperature, self.data.source_language, self.data.source_weight)
+        return np.array(
+            [[by_corpus[corpus] * by_language.get(lang, 0) for lang in self.manifest.languages] for corpus in self.manifest.corpora]
+        )
 
     def window_steps(self, shards: list[int]) -> int:
-        """Steps that a window of these shards makes, from the manifest alone."""
+        """Steps that a window of these shards makes, from the manifest alone; none where they hold nothing to train on."""
         expected = sum(
             count * self.weights[self.manifest.corpora.index(corpus), self.manifest.languages.index(lang)]
             for shard in shards
@@ -238,7 +243,8 @@ class Order:
     def _batch(self, tensors: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
         offsets = tensors["offsets"]
         ids, mask = batching.padded([tensors["ids"][offsets[row] : offsets[row + 1]] for row in rows], self.manifest.pad)
-        return Batch(ids, mask, tensors["vectors"][tensors["group"][rows]].astype(np.float32))
+        vectors = tensors["vectors"][tensors["group"][rows]].astype(np.float32)
+        return Batch(ids, mask, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))  # float16 is not quite unit length
 
 
 def _read(uri: str) -> dict[str, np.ndarray]:

@@ -70,12 +70,12 @@ class VectorStore:
         """Add vectors (n, dimension) of sentences of this shard as one segment. Raises Refused for NaN or a wrong shape."""
         if vectors.shape != (len(hashes), self.dimension):
             raise Refused(f"{self.folder}: vectors of shape {vectors.shape}, expected ({len(hashes)}, {self.dimension})")
-        if not np.isfinite(vectors).all():
-            raise Refused(
-                "the teacher gave vectors that are not finite; set train.precision: float32, or look at the teacher's weights"
-            )
-        flat = pa.array(vectors.astype(np.float16).reshape(-1))
-        table = pa.table({"hash": hashes, "vector": pa.FixedSizeListArray.from_arrays(flat, self.dimension)})
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused here
+            half = np.ascontiguousarray(vectors, dtype=np.float16)
+        if not np.isfinite(half).all():
+            raise Refused("the teacher gave vectors that are not finite; set train.precision: float32, or look at the teacher's weights")
+        vector = pa.FixedSizeListArray.from_arrays(pa.array(half.reshape(-1)), self.dimension)
+        table = pa.table({"hash": hashes, "vector": vector}).replace_schema_metadata({"content": _content(hashes, half)})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
@@ -106,10 +106,21 @@ def _segment(uri: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with files.open_input(uri) as stream:
             table = pa.ipc.open_file(stream).read_all().combine_chunks()
-    except (pa.ArrowInvalid, OSError) as error:
+        hashes = table["hash"].to_numpy()
+        flat = table["vector"].chunk(0).flatten().to_numpy(zero_copy_only=False) if len(table) else np.empty(0, np.float16)
+        vectors = flat.reshape(-1, dimension)
+        if (table.schema.metadata or {}).get(b"content") != _content(hashes, vectors).encode():
+            raise ValueError("its content is not what was written")
+    except (ValueError, KeyError, OSError) as error:  # ArrowInvalid is a ValueError
         raise Refused(f"{uri} is damaged ({error}); delete it and run again: only its sentences are embedded again") from None
-    vectors = table["vector"].chunk(0).flatten().to_numpy(zero_copy_only=False) if len(table) else np.empty(0, np.float16)
-    return table["hash"].to_numpy(), vectors.reshape(-1, dimension)
+    return hashes, vectors
+
+
+def _content(hashes: np.ndarray, vectors: np.ndarray) -> str:
+    """Digest of a segment's content: a disk or network that changes a bit is noticed when the segment is read."""
+    digest = xxhash.xxh3_64(hashes.tobytes())
+    digest.update(vectors.tobytes())
+    return digest.hexdigest()
 
 
 def _overlaps(name: str, shards: int, shard: int) -> bool:

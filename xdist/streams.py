@@ -1,6 +1,8 @@
 """Lines of a file on any storage, decompressed as they come; what cannot be read becomes a line with a reason.
 
-Memory holds one block of a file. A stream that is cut off or damaged gives all its whole lines first, and then says so.
+Reads plain files and .gz, .bz2, .zst, of one or several members. Memory holds one block of a file. A stream that is cut
+off or damaged gives all its whole lines first, and then says so. A storage that fails raises its own error instead: the
+file is whole, and reading it again will do.
 """
 
 import bz2
@@ -12,7 +14,12 @@ from xdist import files
 from xdist.errors import Refused
 
 BLOCK = 1 << 18  # bytes read at a time
+GATHER = 1 << 19  # bytes of whole lines handed on together
 MAX_LINE = 1 << 20  # a longer line is not a sentence; it is quarantined without being held in memory
+
+
+class Damaged(Exception):
+    """A compressed stream is cut off or broken; everything before that place was given."""
 
 
 class Line(NamedTuple):
@@ -23,6 +30,13 @@ class Line(NamedTuple):
     reason: str = ""
 
 
+class Block(NamedTuple):
+    """Whole lines, each ended by a line feed; `number` is that of the first."""
+
+    number: int
+    data: bytes
+
+
 def _raw(path: str) -> Iterator[bytes]:
     fs, inner = files.resolve(path)
     try:
@@ -31,6 +45,8 @@ def _raw(path: str) -> Iterator[bytes]:
                 yield bytes(block)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist; check the corpus' path and data.root") from None
+    except PermissionError as error:
+        raise Refused(f"{path} may not be read: {error}") from None
 
 
 def _zstd() -> Any:
@@ -39,46 +55,101 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor().decompressobj()
 
 
+# How to decode, and how many bytes at a time: at the codec's worst ratio that gives less than 100 MB.
+CODECS: dict[str, tuple[Callable[[], Any], int]] = {
+    ".gz": (lambda: zlib.decompressobj(31), 1 << 14),
+    ".bz2": (bz2.BZ2Decompressor, 1 << 6),
+    ".zst": (_zstd, 1 << 10),
+}
+
+
 def blocks(path: str) -> Iterator[bytes]:
-    """A file's content, decompressed. Raises EOFError or OSError where it is cut off or damaged, after all that is good."""
-    decoders: dict[str, Callable[[], Any]] = {".gz": lambda: zlib.decompressobj(31), ".bz2": bz2.BZ2Decompressor, ".zst": _zstd}
-    new = next((make for ending, make in decoders.items() if path.endswith(ending)), None)
-    if new is None:
-        yield from _raw(path)
+    """A file's content, decompressed. Raises Damaged where it is cut off or broken, after all that is good."""
+    codec = next((codec for ending, codec in CODECS.items() if path.endswith(ending)), None)
+    return _raw(path) if codec is None else _decompressed(_raw(path), *codec)
+
+
+def _decompressed(raw: Iterator[bytes], new: Callable[[], Any], step: int) -> Iterator[bytes]:
+    decoder: Any = None
+    for block in raw:
+        for start in range(0, len(block), step):
+            piece = block[start : start + step]
+            while piece:
+                if decoder is None or decoder.eof:  # several members may follow each other, padded with zeros
+                    piece = piece if decoder is None else piece.lstrip(b"\0")
+                    decoder = new() if piece else decoder
+                    if not piece:
+                        break
+                try:
+                    found = decoder.decompress(piece)
+                except Exception as error:  # each library has its own class for a damaged stream
+                    raise Damaged(f"damaged compressed data: {error}") from None
+                if found:
+                    yield found
+                piece = decoder.unused_data if decoder.eof else b""
+    if decoder is not None and not decoder.eof:
+        raise Damaged("the compressed data is cut off")
+
+
+def _gathered(stream: Iterator[bytes]) -> Iterator[bytes]:
+    held: list[bytes] = []
+    size = 0
+    try:
+        for block in stream:
+            held.append(block)
+            size += len(block)
+            if size >= GATHER:
+                yield b"".join(held)
+                held, size = [], 0
+    except Damaged as error:
+        yield b"".join(held)
+        raise error
+    yield b"".join(held)
+
+
+def line_blocks(stream: Iterator[bytes]) -> Iterator[Block | Line]:
+    """A byte stream as blocks of whole lines, without a byte order mark. Between them, a Line for what cannot be held or
+    read: an overlong line, and the place where the stream is cut off."""
+    number, carry, overlong = 1, b"", False
+    try:
+        for block in _gathered(stream):
+            end = block.rfind(b"\n") + 1
+            if end:
+                start = 0
+                if overlong:
+                    yield Line(number, None, "line_too_long")
+                    start, number, overlong = block.find(b"\n") + 1, number + 1, False
+                whole, carry = carry + block[start:end], b""
+                if whole:
+                    yield Block(number, whole.removeprefix(b"\xef\xbb\xbf") if number == 1 else whole)
+                    number += whole.count(b"\n")
+            carry = b"" if overlong else carry + block[end:]
+            if len(carry) > MAX_LINE:
+                carry, overlong = b"", True
+    except Damaged as error:
+        yield Line(number, None, f"truncated_file: {error}")
         return
-    decoder, used = new(), False
-    for block in _raw(path):
-        while block:  # several compressed members may follow each other in one file
-            if decoder.eof:
-                decoder = new()
-            used = True
-            try:
-                yield decoder.decompress(block)
-            except Exception as error:  # each library has its own class for a damaged stream
-                raise OSError(f"damaged compressed data: {error}") from None
-            block = decoder.unused_data if decoder.eof else b""
-    if used and not decoder.eof:
-        raise EOFError("the compressed data is cut off")
+    carry = carry.removeprefix(b"\xef\xbb\xbf") if number == 1 else carry
+    if overlong:
+        yield Line(number, None, "line_too_long")
+    elif carry:
+        yield Block(number, carry + b"\n")
 
 
 def lines(stream: Iterator[bytes]) -> Iterator[Line]:
     """Lines of a byte stream. Undecodable, overlong and NUL-bearing lines come without text but with a reason; a cut-off
     stream ends in one such line, after every whole line before it."""
-    number, carry, overlong = 0, b"", False
-    try:
-        for block in stream:
-            *whole, carry = (carry + block).split(b"\n")
-            for raw in whole:
-                number += 1
-                yield Line(number, None, "line_too_long") if overlong else _decoded(number, raw)
-                overlong = False
-            if len(carry) > MAX_LINE:
-                carry, overlong = b"", True
-    except (EOFError, OSError) as error:
-        yield Line(number + 1, None, f"truncated_file: {error}")
-        return
-    if carry or overlong:
-        yield Line(number + 1, None, "line_too_long") if overlong else _decoded(number + 1, carry)
+    for item in line_blocks(stream):
+        if isinstance(item, Line):
+            yield item
+        else:
+            yield from split(item)
+
+
+def split(block: Block) -> Iterator[Line]:
+    """The lines of a block."""
+    for number, raw in enumerate(block.data[:-1].split(b"\n"), start=block.number):
+        yield _decoded(number, raw)
 
 
 def _decoded(number: int, raw: bytes) -> Line:
@@ -87,8 +158,6 @@ def _decoded(number: int, raw: bytes) -> Line:
     if b"\0" in raw:
         return Line(number, None, "nul_byte")
     try:
-        return Line(number, raw.removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8"))
+        return Line(number, raw.removesuffix(b"\r").decode())
     except UnicodeDecodeError:
         return Line(number, None, "invalid_utf8")
-
-

@@ -8,19 +8,17 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from xdist import encoder, files, vocabulary
 from xdist.config import Recipe, Student, Teacher
 from xdist.corpus import Prepared
 from xdist.errors import Refused
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 MOST_SENTENCES = 400_000  # read for a vocabulary; more changes no vocabulary noticeably
 MOST_ALIGNED = 100_000  # pairs per language that word alignment reads
@@ -36,33 +34,49 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
 
     folder = base_folder(recipe.student, recipe.teacher, teacher_folder)
     base = encoder.sentence_transformer(folder, "eager", recipe.teacher.trust_remote_code)
-    body, tokenizer = base[0].auto_model, base.tokenizer
-    dimension = encoder.sentence_transformer(teacher_folder, "eager", recipe.teacher.trust_remote_code).get_embedding_dimension()
+    body: Any = base[0].auto_model
+    tokenizer: Any = base.tokenizer
+    dimension = _dimension(recipe, teacher_folder)
+    encoder.refuse_length(recipe.student.max_length, encoder.positions(body))
+    if not tokenizer.is_fast:
+        raise Refused(f"{folder} has no tokenizer.json, only a slow tokenizer; save it with a fast one")
     if recipe.student.layers is not None:
         keep_layers(body, recipe.student.layers)
-    if recipe.student.vocabulary != "keep":
+    if recipe.student.vocabulary == "keep":
+        tokenizer = _wrapped(tokenizer, tokenizer.backend_tokenizer)
+    else:
         tokenizer = _fit_vocabulary(recipe, body, tokenizer, prepared)
     set_dropout(body, recipe.student.dropout)
     with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as whole:
         body.save_pretrained(plain)
         tokenizer.save_pretrained(plain)
         transformer = Transformer(plain, max_seq_length=recipe.student.max_length)
-        width = body.config.hidden_size
-        modules: list[nn.Module] = [transformer, Pooling(width, pooling_mode=_pooling(base))]
-        kept = [copy.deepcopy(module) for module in base if type(module).__name__ == "Dense"]
-        out = kept[-1].out_features if kept else width
-        modules += kept
+        modules = [copy.deepcopy(module) for module in list(base)[1:] if not isinstance(module, Normalize)]
+        if not any(isinstance(module, Pooling) for module in modules):
+            modules.insert(0, Pooling(body.config.hidden_size))
+        out = next(module.get_embedding_dimension() for module in reversed(modules) if isinstance(module, Pooling | Dense))
         if out != dimension:
             torch.manual_seed(recipe.run.seed)
             modules.append(Dense(out, dimension, bias=False, activation_function=nn.Identity()))
-        SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save(whole, create_model_card=False)
+        SentenceTransformer(modules=[transformer, *modules, Normalize()], device="cpu").save(whole, create_model_card=False)
         files.upload(whole, uri)
     return uri
 
 
+def _dimension(recipe: Recipe, teacher_folder: str) -> int:
+    """Length of the teacher's vectors, which the student's are to have. Raises Refused for prefixes that are no shorter."""
+    dimension = int(encoder.sentence_transformer(teacher_folder, "eager", recipe.teacher.trust_remote_code).get_embedding_dimension() or 0)
+    longest = max(recipe.train.matryoshka, default=0)
+    if longest >= dimension:
+        raise Refused(f"train.matryoshka: {longest} is no prefix of vectors of length {dimension}; take lengths below that")
+    return dimension
+
+
 def base_folder(student: Student, teacher: Teacher, teacher_folder: str) -> str:
     """Local folder of the checkpoint that the student starts from."""
-    return teacher_folder if student.base == "teacher" else encoder.located(teacher.model_copy(update={"model": student.base, "revision": None}))
+    if student.base == "teacher":
+        return teacher_folder
+    return encoder.located(teacher.model_copy(update={"model": student.base, "revision": None}))
 
 
 def keep_layers(body: Any, layers: list[int]) -> None:
@@ -74,6 +88,8 @@ def keep_layers(body: Any, layers: list[int]) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 setattr(parent, name, nn.ModuleList(child[layer] for layer in layers))
+                if getattr(body.config, "layer_types", None):
+                    body.config.layer_types = [body.config.layer_types[layer] for layer in layers]
                 body.config.num_hidden_layers = len(layers)
                 return
     raise Refused(f"student.layers: {type(body).__name__} has no list of {count} layers; leave student.layers out")
@@ -81,17 +97,12 @@ def keep_layers(body: Any, layers: list[int]) -> None:
 
 def set_dropout(body: Any, rate: float) -> None:
     """The same dropout everywhere in the body, kept in its configuration."""
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-        if isinstance(getattr(body.config, key, None), float | int):
+    for key, value in body.config.to_dict().items():
+        if "dropout" in key and isinstance(value, float | int):  # hidden_dropout_prob, attention_dropout, …
             setattr(body.config, key, rate)
     for module in body.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
-
-
-def _pooling(base: "SentenceTransformer") -> Any:
-    found = [module for module in base if type(module).__name__ == "Pooling"]
-    return found[0].pooling_mode if found else "mean"
 
 
 def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepared) -> Any:
@@ -103,7 +114,7 @@ def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepare
     if kind == "trim":
         fitted = vocabulary.trim(old, everything)
     elif kind == "extend":
-        fitted = vocabulary.extend(old, others, size)
+        fitted = vocabulary.extend(old, sources, others, size)
     else:
         fitted = vocabulary.train(everything, size, _specials(tokenizer))
         old_of = {fitted.tokenizer.token_to_id(token): tokenizer.convert_tokens_to_ids(token) for token in _specials(tokenizer).values()}
@@ -111,7 +122,7 @@ def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepare
             fitted.old_ids[new_id] = old_id
     aligned = None
     if (fitted.old_ids < 0).any():
-        pairs = (([source for source, _ in found], [text for _, text in found]) for found in (p[:MOST_ALIGNED] for p in translations.values()))
+        pairs = (([source for source, _ in found[:MOST_ALIGNED]], others[lang][:MOST_ALIGNED]) for lang, found in translations.items())
         aligned = vocabulary.align(pairs, old, fitted.tokenizer, table)
     rows = vocabulary.initial_rows(fitted, old, table, aligned)
     return _install(body, tokenizer, fitted.tokenizer, rows)
@@ -119,14 +130,11 @@ def _fit_vocabulary(recipe: Recipe, body: Any, tokenizer: Any, prepared: Prepare
 
 def _install(body: Any, tokenizer: Any, fitted: Any, rows: np.ndarray) -> Any:
     """Put a new table and tokenizer in place of the old ones; special tokens keep their names."""
-    from transformers import PreTrainedTokenizerFast
-
-    names = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=fitted, model_max_length=tokenizer.model_max_length, **names)
+    wrapped = _wrapped(tokenizer, fitted)
     padding = body.get_input_embeddings().padding_idx
-    if "roberta" in body.config.model_type and wrapped.pad_token_id != body.config.pad_token_id:
-        raise Refused("this base counts positions from its padding token's id, which the new vocabulary would move; use keep")
-    embeddings = nn.Embedding(*rows.shape, padding_idx=None if padding is None else wrapped.pad_token_id)
+    if any(map(encoder.first_position, body.modules())) and wrapped.pad_token_id != tokenizer.pad_token_id:
+        raise Refused("student.vocabulary: this base counts positions from its padding token's id, which would change; use keep")
+    embeddings = nn.Embedding(rows.shape[0], rows.shape[1], padding_idx=None if padding is None else wrapped.pad_token_id)
     with torch.no_grad():
         embeddings.weight.copy_(torch.from_numpy(rows))
     body.set_input_embeddings(embeddings)
@@ -137,12 +145,30 @@ def _install(body: Any, tokenizer: Any, fitted: Any, rows: np.ndarray) -> Any:
     return wrapped
 
 
+def _wrapped(tokenizer: Any, backend: Any) -> Any:
+    """A tokenizer of the general class, which takes tokenizer.json as it stands. (BertTokenizer, for one, makes itself a
+    normaliser of its own, so that a base's lower-casing would be lost.) Special tokens keep their names."""
+    from transformers import PreTrainedTokenizerFast
+
+    names: dict[str, Any] = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **names,
+    )
+
+
 def _specials(tokenizer: Any) -> dict[str, str]:
+    """Special tokens by role, in the order of their ids, so that a padding token keeps a small id."""
     roles = ("pad", "unk", "cls", "sep", "mask")
     found = {role: getattr(tokenizer, f"{role}_token") for role in roles}
     if None in (found["pad"], found["unk"], found["cls"], found["sep"]):
         raise Refused("student.vocabulary: train needs a base with padding, unknown, class and separator tokens; use trim or keep")
-    return {role: token for role, token in found.items() if token is not None}
+    present = {role: token for role, token in found.items() if token is not None}
+    return dict(sorted(present.items(), key=lambda entry: tokenizer.convert_tokens_to_ids(entry[1])))
 
 
 def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
@@ -166,4 +192,4 @@ def _groups(recipe: Recipe, prepared: Prepared) -> Iterator[tuple[str, list[str]
 
 def local(uri: str) -> str:
     """The student's folder on this machine."""
-    return files.download(uri, os.path.join(tempfile.gettempdir(), "xdist-student", str(abs(hash(uri)))))
+    return files.download(uri, os.path.join(tempfile.gettempdir(), "xdist-student", xxhash.xxh3_64_hexdigest(uri.encode())))

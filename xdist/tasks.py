@@ -1,5 +1,6 @@
 """Evaluation tasks: plain TSV files, read whole. A bad row is refused here: an evaluation set must be complete."""
 
+import math
 from collections.abc import Iterator
 
 from xdist import formats
@@ -32,12 +33,27 @@ def read(recipe: Recipe, task: Task, split: str, lang: str) -> Rows:
         for chunk in formats.read(name, "tsv", list(dict.fromkeys(columns.values()))):
             if chunk.bad:
                 raise Refused(f"{name}: line {chunk.bad[0].line} cannot be read ({chunk.bad[0].reason}); mend the evaluation file")
-            keep = [not task.split or value == split for value in chunk.columns[columns.get("split", columns["text"])]]
-            for role, column in columns.items():
-                rows[role] += [value for value, kept in zip(chunk.columns[column], keep, strict=True) if kept]
+            values = {role: chunk.columns[column].to_pylist() for role, column in columns.items()}
+            kept = [place for place in range(len(chunk.lines)) if not task.split or values["split"][place] == split]
+            for place in kept:
+                _check(name, int(chunk.lines[place]), {role: column[place] for role, column in values.items()})
+            for role, column in values.items():
+                rows[role] += [column[place] for place in kept]
     if not rows["text"]:
         raise Refused(f"evaluate.tasks.{task.name}: no {split} row for language {lang} in {path}")
     return rows
+
+
+def _check(path: str, line: int, row: dict[str, str]) -> None:
+    empty = next((role for role, value in row.items() if not value.strip()), None)
+    if empty:
+        raise Refused(f"{path}: line {line} has an empty {empty}; mend the evaluation file")
+    try:
+        fine = math.isfinite(float(row.get("score", "0")))
+    except ValueError:
+        fine = False
+    if not fine:
+        raise Refused(f"{path}: line {line}: score {row['score']!r} is not a number; mend the evaluation file")
 
 
 def held_out(recipe: Recipe) -> Iterator[tuple[Task, Rows]]:
@@ -58,6 +74,9 @@ def parallel(recipe: Recipe, task: Task, split: str) -> dict[str, list[str]]:
             raise Refused(f"evaluate.tasks.{task.name}: languages differ in rows ({sizes}); set `id`, the column to join on")
         return {lang: rows["text"] for lang, rows in found.items()}
     texts = {lang: dict(zip(rows["id"], rows["text"], strict=True)) for lang, rows in found.items()}
+    for lang, rows in found.items():
+        if len(texts[lang]) < len(rows["id"]):
+            raise Refused(f"evaluate.tasks.{task.name}: an id occurs twice in language {lang}; `id` must name one row ({task.id})")
     common = [key for key in texts[recipe.data.source_language] if all(key in by_id for by_id in texts.values())]
     if not common:
         raise Refused(f"evaluate.tasks.{task.name}: no {task.id} occurs in every language; check `id`")

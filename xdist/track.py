@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from xdist import config, files
+from xdist import files, recipes
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -67,7 +67,7 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
         if not run_id:
             files.write_json(marker, {"run_id": active.info.run_id, "uri": uri})
             mlflow.set_tags({"xdist.job": job})
-            flat = {key: str(value)[:LIMIT] for key, value in config.flatten(recipe.model_dump(mode="json"))}
+            flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
             mlflow.log_params(flat)
         yield active.info.run_id
 
@@ -78,9 +78,10 @@ def log_corpora(recipe: Recipe, pairs: dict[str, int], digests: dict[str, str]) 
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
 
-    for corpus in recipe.data.corpora:
-        source = resolve_dataset_source(recipe.located(corpus.path).replace("{lang}", "*"))
-        mlflow.log_input(MetaDataset(source, name=corpus.name, digest=digests[corpus.name]), context="training")
+    for corpus in [corpus for corpus in recipe.data.corpora if corpus.name in digests]:
+        source: Any = resolve_dataset_source(recipe.located(corpus.path).replace("{lang}", "*"))
+        entry: Any = MetaDataset  # its signature leaves `profile` abstract
+        mlflow.log_input(entry(source, name=corpus.name, digest=digests[corpus.name]), context="training")
     mlflow.log_metrics({f"data/{name}/pairs": count for name, count in pairs.items()})
 
 

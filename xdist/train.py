@@ -17,7 +17,7 @@ import numpy as np
 
 from xdist import cluster, files, progress, selection, shards
 from xdist.batching import Position
-from xdist.config import Recipe, Train, check
+from xdist.config import Recipe, Train
 from xdist.errors import Collapsed, Refused
 from xdist.progress import say
 
@@ -37,9 +37,15 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
     order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, manifest)
     total = order.total_steps()
     say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {recipe.cluster.workers} worker(s)")
-    with cluster.watched(lambda _, lines: [say(_line(line, total)) for line in lines]) as board:
+
+    def show(_: int, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            say(_line(line, total))
+
+    with cluster.watched(show) as board:
+        worker: Any = _worker
         trainer = TorchTrainer(
-            _worker,
+            worker,
             train_loop_config={
                 "settings": recipe.model_dump(mode="json"), "manifest": asdict(manifest), "total": total, "board": board,
                 "run_id": run_id, "tracking_uri": tracking_uri, "threads": 0 if gpus else cpus,
@@ -55,7 +61,7 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
             ),
         )  # fmt: skip
         try:
-            result = trainer.fit()
+            result: Any = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _reason(error) from None
     if result.return_value:
@@ -104,7 +110,7 @@ def _train_here(config: dict[str, Any]) -> None:
 
     from xdist import checkpoint, encoder, track
 
-    recipe, total = check(config["settings"], "recipe"), config["total"]
+    recipe, total = Recipe(**config["settings"]), config["total"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if config["threads"]:
@@ -114,19 +120,19 @@ def _train_here(config: dict[str, Any]) -> None:
         folder = files.download(f"{recipe.folder}/initial", scratch)
         student = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
     freeze_unused(student)
-    optimizer = make_optimizer(student, recipe)
-    position, best = Position(), WORST
+    optimizer = make_optimizer(student, recipe, world)
+    start, best = Position(), WORST
     resumed = ray.train.get_checkpoint()
     if resumed:
         with resumed.as_directory() as folder:
-            position, more = checkpoint.load(folder, student, optimizer)
+            start, more = checkpoint.load(folder, student, optimizer)
             best = more["best"]
     model = ray.train.torch.prepare_model(student, move_to_device=False) if world > 1 else student
     order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, shards.Manifest(**config["manifest"]))
     judge = selection.Judge(recipe) if rank == 0 else None
     meter = Meter(config["board"], track.Metrics(config["tracking_uri"], config["run_id"]) if rank == 0 else None, world)
 
-    for position, micro_batches in order.batches(position, rank, world):
+    for position, micro_batches in order.batches(start, rank, world):
         learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
         last = position.step == total
         watched = last or position.step % recipe.train.log_every == 0
@@ -171,14 +177,9 @@ def step(
         if measure:
             found = {"loss": value.detach(), **terms, **collapse.measure(s.detach(), t)}
             totals = {name: totals.get(name, 0.0) + float(found[name]) / len(micro_batches) for name in found}
+    norm = optimizer.step(rate)
     if measure:
-        totals["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
-    else:
-        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        totals["gradient_norm"] = float(norm)
     return totals
 
 
@@ -190,20 +191,11 @@ def schedule(done: int, total: int, warmup: int) -> float:
     return (total - done) / max(1, total - warmup)
 
 
-def make_optimizer(student: Any, recipe: Recipe) -> Any:
-    """Fused AdamW; matrices decay, biases and norms do not; token embeddings have a rate of their own where they are new."""
-    import torch
+def make_optimizer(student: Any, recipe: Recipe, world: int = 1) -> Any:
+    """The optimiser of both body and token table; the table has a rate of its own where its rows are new."""
+    from xdist.optimizer import Optimizer
 
-    table = student.model[0].auto_model.get_input_embeddings().weight
-    new_rows = recipe.student.vocabulary in ("extend", "train")
-    table_rate = (recipe.train.embedding_lr or 4 * recipe.train.lr) if new_rows else recipe.train.lr
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad and parameter is not table]
-    groups = [
-        {"params": [table], "peak": table_rate, "weight_decay": 0.0},
-        {"params": [p for p in trained if p.ndim > 1], "peak": recipe.train.lr, "weight_decay": recipe.train.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "peak": recipe.train.lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.train.lr, fused=True)
+    return Optimizer(student, recipe.train, recipe.student.vocabulary in ("extend", "train"), world)
 
 
 def freeze_unused(student: Any) -> None:
@@ -218,11 +210,11 @@ def refuse_collapse(measured: dict[str, float], done: int, settings: Train) -> N
     if done <= 2 * settings.warmup_steps + settings.log_every:
         return
     cosine, rank = measured["student_cosine"], measured["student_rank"]
-    if cosine > 0.95 and cosine > measured["teacher_cosine"] + 0.1 or rank < 0.05 * measured["teacher_rank"] or math.isnan(cosine):
+    if (cosine > 0.95 and cosine > measured["teacher_cosine"] + 0.1) or rank < 0.05 * measured["teacher_rank"] or math.isnan(cosine):
         raise Collapsed(
-            f"the student collapsed at step {done}: mean cosine between its vectors {cosine:.3f} (teacher {measured['teacher_cosine']:.3f}), "
-            f"effective rank {rank:.1f} (teacher {measured['teacher_rank']:.1f}). Lower train.lr (now {settings.lr}), "
-            "raise train.warmup_steps, or give train.loss.similarity a weight"
+            f"the student collapsed at step {done}: mean cosine between its vectors {cosine:.3f} "
+            f"(teacher {measured['teacher_cosine']:.3f}), effective rank {rank:.1f} (teacher {measured['teacher_rank']:.1f}). "
+            f"Lower train.lr (now {settings.lr}), raise train.warmup_steps, or give train.loss.similarity a weight"
         )
 
 

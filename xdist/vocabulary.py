@@ -6,16 +6,17 @@ gives the new tokenizer and, for each new token id, the rows of the old embeddin
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from xdist.errors import Refused
 
-Alignment = dict[int, dict[int, float]]
+MOST_TOGETHER = 2000  # sentence pairs of equal lengths that word alignment takes in one array
 
 
 @dataclass
@@ -30,53 +31,96 @@ def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> Vocabulary:
     """Keep the tokens that `texts` use, all special tokens and all single characters; any text that only needs kept
     tokens is cut exactly as before (tested), so a model with the same rows gives the same vectors.
 
-    BPE keeps the merges that lead to a kept token, and their parts.
+    BPE keeps the merges that lead to a kept token, and their parts. Unigram keeps its least likely piece, by which it
+    scores unknown characters.
     """
-    state = json.loads(_bare(tokenizer).to_str())
+    bare = _bare(tokenizer)
+    state = json.loads(bare.to_str())
     model = state["model"]
     pieces = _pieces(model)
     used = {token["id"] for token in state["added_tokens"]}
     for start in _chunks(texts, 10_000):
-        used |= {id_ for encoding in _bare(tokenizer).encode_batch(start) for id_ in encoding.ids}
+        used |= {id_ for encoding in bare.encode_batch(start) for id_ in encoding.ids}
     used |= {id_ for piece, id_ in pieces.items() if _is_character(piece, model)}
+    if model["type"] == "Unigram":
+        used |= {model["unk_id"], min(range(len(model["vocab"])), key=lambda id_: model["vocab"][id_][1])} - {None}
+    elif model.get("unk_token") is not None:
+        used.add(pieces[model["unk_token"]])
     kept = _with_merge_parts(model, {piece for piece, id_ in pieces.items() if id_ in used})
     old_ids = sorted({pieces[piece] for piece in kept} | {token["id"] for token in state["added_tokens"]})
     return Vocabulary(_renumbered(state, pieces, {old: new for new, old in enumerate(old_ids)}), np.array(old_ids))
 
 
-def extend(tokenizer: Tokenizer, others: dict[str, Sequence[str]], size: int) -> Vocabulary:
+def extend(tokenizer: Tokenizer, english: Iterable[str], others: Mapping[str, Sequence[str]], size: int) -> Vocabulary:
     """A WordPiece teacher's whole vocabulary plus pieces trained on each other language, about `size` tokens in all.
 
-    The teacher's pieces stay, so the student's English starts (nearly) as the teacher; the room that is left is shared
-    among the languages equally.
+    The teacher's pieces stay, and a new piece that would cut a word of `english` otherwise than the teacher cuts it is
+    left out: so the student's English starts exactly as the teacher. The room is shared among the languages equally.
     """
     state = json.loads(_bare(tokenizer).to_str())
     model = state["model"]
     if model["type"] != "WordPiece":
         raise Refused(f"student.vocabulary: extend needs a WordPiece teacher, this one has {model['type']}; use train")
-    pieces = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
+    added = {token["content"]: token["id"] for token in state["added_tokens"]}
+    pieces = dict(sorted((model["vocab"] | added).items(), key=lambda entry: entry[1]))
     old = len(pieces)
     if size <= old:
         raise Refused(f"student.vocabulary_size: {size} leaves no room beside the teacher's {old} tokens; for extend it counts both")
-    for number, lang in enumerate(sorted(others)):
+    prefix = model["continuing_subword_prefix"]
+    learned = {lang: _trained_pieces(tokenizer, others[lang], 2 * size, prefix) for lang in sorted(others)}
+    foreign = _not_english(tokenizer, pieces, {piece for found in learned.values() for piece in found}, english)
+    for number, found in enumerate(learned.values()):
         most = old + (size - old) * (number + 1) // len(others)
-        learner = Tokenizer(models.WordPiece(unk_token=model["unk_token"]))
-        learner.normalizer, learner.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-        prefix = model["continuing_subword_prefix"]
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=2 * size, min_frequency=2, show_progress=False, special_tokens=[], continuing_subword_prefix=prefix
-        )
-        learner.train_from_iterator(others[lang], trainer)
-        for piece, _ in sorted(learner.get_vocab().items(), key=lambda entry: entry[1]):
-            if piece not in pieces and len(pieces) < most:
-                pieces[piece] = len(pieces)
+        for piece in found:
+            if piece in foreign and len(pieces) < most:
+                pieces.setdefault(piece, len(pieces))
     model["vocab"] = pieces
     old_ids = np.concatenate([np.arange(old), np.full(len(pieces) - old, -1)])
     return Vocabulary(Tokenizer.from_str(json.dumps(state)), old_ids)
 
 
+def _not_english(tokenizer: Tokenizer, pieces: Mapping[str, int], candidates: set[str], english: Iterable[str]) -> set[str]:
+    """The candidates that no English word is cut into. Without one of them a word may fall to another, so this goes on
+    until no English word uses any."""
+    normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    words = {word for text in english for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalise(text))}
+    foreign = candidates - pieces.keys()
+    while words:
+        vocabulary = {piece: number for number, piece in enumerate([*pieces, *sorted(foreign)])}
+        cutter = models.WordPiece(vocabulary, unk_token=next(iter(pieces)), max_input_chars_per_word=100)
+        used = {word: {token.value for token in cutter.tokenize(word)} & foreign for word in words}
+        words = {word for word, found in used.items() if found}
+        foreign -= set().union(*used.values())
+    return foreign
+
+
+def _trained_pieces(tokenizer: Tokenizer, texts: Sequence[str], size: int, prefix: str) -> list[str]:
+    """WordPieces learned from texts, in the order of learning; the same list every time.
+
+    The trainer numbers continuing characters in the order of a hash table, and breaks ties by number: naming them
+    beforehand takes the chance out.
+    """
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    characters = sorted({character for text in texts for character in normalise(text) if not character.isspace()})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[prefix + character for character in characters],
+        continuing_subword_prefix=prefix,
+    )
+    learner.train_from_iterator(texts, trainer)
+    ids = learner.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
 def train(texts: Iterable[str], size: int, specials: dict[str, str]) -> Vocabulary:
-    """A new Unigram vocabulary (NFKC, lower case) with the teacher's special tokens: {"cls": "[CLS]", …}."""
+    """A new Unigram vocabulary (NFKC, lower case) with the teacher's special tokens: {"cls": "[CLS]", …}.
+
+    Its trainer sums in the order of a hash table: two trainings may differ in rare pieces.
+    """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
@@ -106,7 +150,7 @@ def initial_rows(vocabulary: Vocabulary, old: Tokenizer, table: np.ndarray, alig
     names = {id_: piece for piece, id_ in vocabulary.tokenizer.get_vocab().items()}
     mean = table.mean(0)
     for id_ in np.flatnonzero(~kept):
-        spelled = _spelled(names[id_], old)
+        spelled = _spelled(names[int(id_)], old)
         rows[id_] = table[spelled].mean(0) if spelled else mean
     if aligned is not None:
         fresh = np.flatnonzero(~kept)
@@ -129,13 +173,14 @@ def align(pairs: Iterable[tuple[Sequence[str], Sequence[str]]], old: Tokenizer, 
     The expected count of a link is the geometric mean of both directions' posteriors (Liang et al. 2006), so that only
     links that both believe in count.
     """
-    result = Aligned(np.zeros((new.get_vocab_size(), table.shape[1]), np.float32), np.zeros(new.get_vocab_size(), np.float32))
+    size = new.get_vocab_size()
+    result = Aligned(np.zeros((size, table.shape[1]), np.float32), np.zeros(size, np.float32))
     old, new = _bare(old), _bare(new)
     for sources, translations in pairs:
         links = expected_links(_ids(old, sources), _ids(new, translations))
-        for (target, source), count in zip(links.pairs, links.counts, strict=True):
-            result.weight[target] += count
-            result.sums[target] += count * table[source]
+        counts = scipy.sparse.csr_array((links.counts, links.pairs.T), shape=(size, len(table)), dtype=np.float32)
+        result.sums += counts @ table
+        result.weight += counts.sum(axis=1)
     return result
 
 
@@ -147,41 +192,66 @@ class Links:
     counts: np.ndarray
 
 
-def expected_links(sources: list[list[int]], targets: list[list[int]], iterations: int = 4, longest: int = 60, least: float = 0.05) -> Links:
+def expected_links(
+    sources: list[list[int]], targets: list[list[int]], iterations: int = 4, longest: int = 60, least: float = 0.05
+) -> Links:
     """IBM model 1 (Brown et al. 1993) on token ids, by EM over the whole list at once. Sentences over `longest` tokens
-    are left out, and links below `least` expected counts."""
-    links: list[np.ndarray] = []
-    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if 0 < len(source) <= longest and 0 < len(target) <= longest:
-            grid = np.empty((len(target), len(source) + 1, 4), np.int32)
-            grid[..., 0], grid[..., 1] = np.asarray(target)[:, None], np.asarray([-1, *source])[None, :]  # -1: aligned to nothing
-            grid[..., 2], grid[..., 3] = np.arange(len(target))[:, None], np.arange(len(source) + 1)[None, :]
-            links.append(np.concatenate([grid.reshape(-1, 4), np.full((grid[..., 0].size, 1), number, np.int32)], 1))
-    if not links:
-        return Links(np.empty((0, 2), np.int64), np.empty(0))
-    flat = np.concatenate(links)
-    span = longest + 1
-    by_target = np.unique(flat[:, 4].astype(np.int64) * span + flat[:, 2], return_inverse=True)[1]
-    by_source = np.unique(flat[:, 4].astype(np.int64) * span + flat[:, 3], return_inverse=True)[1]
-    pairs, kind = np.unique(flat[:, :2].astype(np.int64), axis=0, return_inverse=True)
-    kind = kind.reshape(-1)
-    forward = backward = np.ones(len(pairs))
-    for _ in range(iterations):
-        down, up = _posterior(forward[kind], by_target), _posterior(backward[kind], by_source)
-        forward = _conditional(np.bincount(kind, down, len(pairs)), pairs[:, 1])
-        backward = _conditional(np.bincount(kind, up, len(pairs)), pairs[:, 0])
-    counts = np.bincount(kind, np.sqrt(down * up), len(pairs))
+    are left out, and links below `least` expected counts.
+
+    Sentence pairs of equal lengths make one array (pairs, targets, sources + 1), whose first source is -1: a target
+    aligned to nothing. Its cells are numbered by kind, that is by (target token, source token), and a kind has one
+    probability in each direction. Memory holds four bytes per cell.
+    """
+    blocks, pairs = _blocks(_grids(sources, targets, longest))
+    forward = backward = np.ones(len(pairs), np.float32)
+    counts = np.zeros(len(pairs))
+    for iteration in range(iterations):
+        down, up = np.zeros(len(pairs)), np.zeros(len(pairs))
+        for kinds, cells in blocks:
+            given_source, given_target = forward[kinds][cells], backward[kinds][cells]
+            given_source /= given_source.sum(axis=2, keepdims=True)  # each target chooses a source
+            given_target /= given_target.sum(axis=1, keepdims=True)  # each source chooses a target
+            down[kinds] += np.bincount(cells.ravel(), given_source.ravel())
+            up[kinds] += np.bincount(cells.ravel(), given_target.ravel())
+            if iteration == iterations - 1:
+                counts[kinds] += np.bincount(cells.ravel(), np.sqrt(given_source * given_target).ravel())
+        forward, backward = _conditional(down, pairs[:, 1]), _conditional(up, pairs[:, 0])
     real = (pairs[:, 1] >= 0) & (counts >= least)
     return Links(pairs[real], counts[real])
 
 
-def _posterior(probability: np.ndarray, slot: np.ndarray) -> np.ndarray:
-    return probability / np.bincount(slot, probability)[slot]
+def _grids(sources: list[list[int]], targets: list[list[int]], longest: int) -> Iterator[np.ndarray]:
+    """For sentence pairs of equal lengths, int64 (pairs, targets, sources + 1): the target's id in the upper half of the
+    bits and the source's id + 1 in the lower."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if 0 < len(source) <= longest and 0 < len(target) <= longest:
+            shapes.setdefault((len(target), len(source)), []).append(number)
+    for numbers in shapes.values():
+        for start in range(0, len(numbers), MOST_TOGETHER):
+            together = numbers[start : start + MOST_TOGETHER]
+            upper = np.array([targets[number] for number in together], np.int64)[:, :, None] << 32
+            lower = np.array([[-1, *sources[number]] for number in together], np.int64)[:, None, :] + 1
+            yield upper | lower
+
+
+def _blocks(grids: Iterator[np.ndarray]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """For each grid its kinds and its cells as indices into them, int32; and all kinds' (target, source) ids, shape (n, 2)."""
+    found: list[np.ndarray] = []
+    cells: list[np.ndarray] = []
+    for grid in grids:
+        ids, inverse = np.unique(grid, return_inverse=True)
+        found.append(ids)
+        cells.append(inverse.astype(np.int32).reshape(grid.shape))
+    known = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+    blocks = [(np.searchsorted(known, ids).astype(np.int32), inverse) for ids, inverse in zip(found, cells, strict=True)]
+    return blocks, np.stack([known >> 32, (known & 0xFFFFFFFF) - 1], axis=1)
 
 
 def _conditional(counts: np.ndarray, given: np.ndarray) -> np.ndarray:
-    given = given - given.min()
-    return counts / np.maximum(np.bincount(given, counts)[given], 1e-12)
+    """Counts as probabilities given one side's token, float32."""
+    given = given + 1
+    return (counts / np.maximum(np.bincount(given, counts)[given], 1e-12)).astype(np.float32)
 
 
 # --- tokenizer JSON ---
@@ -219,7 +289,7 @@ def _pieces(model: dict[str, Any]) -> dict[str, int]:
 def _is_character(piece: str, model: dict[str, Any]) -> bool:
     """Single characters (and bytes) stay, so that words outside the corpus can still be spelled."""
     prefix = model.get("continuing_subword_prefix") or ""
-    bare = piece.removeprefix(prefix) if prefix else piece
+    bare = piece.removeprefix(prefix).removesuffix(model.get("end_of_word_suffix") or "")
     return len(bare.removeprefix("▁")) <= 1 or (piece.startswith("<0x") and piece.endswith(">"))
 
 
@@ -250,7 +320,10 @@ def _renumbered(state: dict[str, Any], pieces: dict[str, int], new_ids: dict[int
     for token in state["added_tokens"]:
         token["id"] = new_ids[token["id"]]
     _renumber_processor(state.get("post_processor"), new_ids)
-    return Tokenizer.from_str(json.dumps(state))
+    renumbered = Tokenizer.from_str(json.dumps(state))
+    if any(renumbered.token_to_id(token["content"]) != token["id"] for token in state["added_tokens"]):
+        raise Refused("student.vocabulary: this tokenizer's added tokens have ids among its pieces and cannot be moved; use keep")
+    return renumbered
 
 
 def _renumber_processor(processor: dict[str, Any] | None, new_ids: dict[int, int]) -> None:
@@ -274,8 +347,8 @@ def _spelled(piece: str, old: Tokenizer) -> list[int]:
         return [id_ for id_ in old.encode(bare, add_special_tokens=False).ids if id_ != unknown]
     ids: list[int] = []
     while bare:
-        length = next((n for n in range(len(bare), 0, -1) if old.token_to_id(f"##{bare[:n]}") is not None), 0)
-        if length:
-            ids.append(old.token_to_id(f"##{bare[:length]}"))
-        bare = bare[max(1, length) :]
+        matches = ((length, old.token_to_id(f"##{bare[:length]}")) for length in range(len(bare), 0, -1))
+        length, id_ = next(((length, id_) for length, id_ in matches if id_ is not None), (1, None))
+        ids += [] if id_ is None else [id_]
+        bare = bare[length:]
     return ids

@@ -1,0 +1,31 @@
+# make distill   the demo, from an empty machine with Python 3.11 to a report
+# make test      the tests         make lint   ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: distill test lint format clean
+
+distill: $(READY)
+	$(BIN)/python jobs/distill.py recipes/demo.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,langid]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,123 @@
+"""Measures against scikit-learn and against loops written out."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import make_blobs
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+
+from xdist import metrics
+
+
+def unit(rows: int, dimension: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_head_predicts_as_logistic_regression(classes: int) -> None:
+    x, y = make_blobs(300, n_features=6, centers=classes, cluster_std=4.0, random_state=0)
+    labels = [f"class {number}" for number in y]
+    head = metrics.fit_head(x[:200], labels[:200])
+    wanted = LogisticRegression(C=metrics.REGULARISATION, max_iter=2000).fit(x[:200], labels[:200])
+    predicted = [head.classes[index] for index in head.predict(x[200:])]
+    assert predicted == wanted.predict(x[200:]).tolist()
+    assert len(set(predicted)) == classes
+    scores = x[200:] @ head.weights.T + head.bias
+    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, wanted.predict_proba(x[200:]), atol=1e-4)
+
+
+def test_head_of_a_single_class_always_says_it() -> None:
+    head = metrics.fit_head(unit(3, 4, 0), ["only"] * 3)
+    assert [head.classes[index] for index in head.predict(unit(5, 4, 1))] == ["only"] * 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_is_scikit_learns(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth, predicted = rng.integers(0, 4, 50), rng.integers(1, 6, 50)  # 0 is never predicted, 4 and 5 never true
+    assert metrics.macro_f1(truth, predicted, 9) == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 1024])
+def test_nearest_across_chunk_borders(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    queries, keys = unit(10, 4, 0), unit(12, 4, 1)
+    wanted = [max(range(12), key=lambda key: float(queries[row] @ keys[key])) for row in range(10)]
+    assert metrics.nearest(queries, keys).tolist() == wanted
+
+
+def test_nearest_of_nothing() -> None:
+    assert metrics.nearest(np.empty((0, 4), np.float32), unit(3, 4, 0)).shape == (0,)
+
+
+def test_retrieved_by_hand() -> None:
+    keys = np.eye(3, dtype=np.float32)
+    assert metrics.retrieved(keys[[0, 2, 2]], keys).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("block", [1, 4, 1024])
+@pytest.mark.parametrize(("rows", "neighbours"), [(15, 4), (3, 4), (15, 1)])
+def test_margin_is_the_naive_double_loop(monkeypatch: pytest.MonkeyPatch, block: int, rows: int, neighbours: int) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    a = np.abs(unit(rows, 5, 0))  # as in a narrow cone, where neighbourhoods are dense
+    b = a + 0.35 * np.abs(unit(rows, 5, 1))
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+    k = min(neighbours, rows)
+    outcomes = []
+    for i in range(rows):
+        margins = []
+        for j in range(rows):
+            around_a = sorted((float(a[i] @ key) for key in b), reverse=True)[:k]
+            around_b = sorted((float(b[j] @ key) for key in a), reverse=True)[:k]
+            margins.append(float(a[i] @ b[j]) / ((sum(around_a) / k + sum(around_b) / k) / 2))
+        outcomes.append(int(np.argmax(margins)) == i)
+    assert metrics.margin_retrieved(a, b, neighbours).tolist() == outcomes
+
+
+def test_margin_sees_through_a_hub() -> None:
+    # Key 2 is near to everything, so that cosine picks it for query 0; over its dense neighbourhood key 0 wins.
+    angle = np.deg2rad([0, 90, 50])
+    queries = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    angle = np.deg2rad([-42, 135, 40])
+    keys = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    assert metrics.retrieved(queries, keys)[0] == np.False_
+    assert metrics.margin_retrieved(queries, keys, neighbours=2)[0] == np.True_
+
+
+def test_bootstrap_interval_of_a_mean() -> None:
+    outcomes = np.arange(400) < 300
+    score = metrics.bootstrap(lambda rows: float(outcomes[rows].mean()), 400, 2000, seed=1)
+    assert (score.value, score.n) == (0.75, 400)
+    half = 1.96 * np.sqrt(0.75 * 0.25 / 400)  # normal approximation
+    assert (score.low, score.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
+
+
+def test_bootstrap_repeats_for_a_seed_and_does_without_resamples() -> None:
+    def statistic(rows: np.ndarray) -> float:
+        return float(rows.mean())
+
+    assert metrics.bootstrap(statistic, 50, 20, 3) == metrics.bootstrap(statistic, 50, 20, 3)
+    assert metrics.bootstrap(statistic, 50, 20, 3) != metrics.bootstrap(statistic, 50, 20, 4)
+    assert metrics.bootstrap(statistic, 5, 0) == metrics.Score(2.0, 2.0, 2.0, 5)
+
+
+LABELS = ["a"] * 60 + ["b"] * 30 + ["c"] * 9 + ["d"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 10, 40, 99, 100])
+def test_few_shot_is_stratified_and_of_the_size_asked_for(size: int) -> None:
+    picked = metrics.few_shot(LABELS, size, np.random.default_rng(0))
+    assert len(set(picked.tolist())) == len(picked) == size
+    counts = [sum(LABELS[row] == name for row in picked) for name in "abcd"]
+    assert sum(count > 0 for count in counts) == min(size, 4)
+    if size >= 10:
+        for count, whole in zip(counts, (60, 30, 9, 1), strict=True):
+            assert abs(count - size * whole / 100) <= 2
+
+
+def test_few_shot_samples_are_nested_and_differ_between_seeds() -> None:
+    small, large = (metrics.few_shot(LABELS, size, np.random.default_rng(5)).tolist() for size in (7, 31))
+    assert large[:7] == small
+    assert metrics.few_shot(LABELS, 7, np.random.default_rng(6)).tolist() != small

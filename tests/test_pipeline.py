@@ -1,0 +1,218 @@
+"""The whole way with a tiny teacher: real Ray, a real MLflow store, real kills."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from xdist import files, pipeline
+from xdist.config import Recipe
+from xdist.errors import Refused
+
+ROOT = Path(__file__).parent.parent
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def finished(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> tuple[Recipe, str]:
+    recipe = make_recipe()
+    pipeline.distill(recipe)
+    return recipe, capsys.readouterr().out
+
+
+def test_whole_way(finished: tuple[Recipe, str], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = finished
+    folder = Path(recipe.folder)
+    assert "Plan of run tiny" in out
+    assert "step     12 of 12" in out
+    assert "translation" in out.split("teacher   before")[1]
+
+    # Each English sentence is embedded once although two languages share it.
+    assert files.read_json(f"{folder}/embed.json") | {"seconds": 0} == {"sentences": 400, "cached": 0, "embedded": 400, "seconds": 0}
+
+    # The student is an ordinary sentence-transformers folder that gives unit vectors.
+    from sentence_transformers import SentenceTransformer
+
+    vectors = SentenceTransformer(str(folder / "student"), device="cpu").encode(["the patient has fever", "der patient hat fieber"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+    # The report is self-contained and says what was measured.
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") >= 5
+    assert 'src="http' not in html
+    assert "student after" in html
+    rows = files.read_json(f"{folder}/evaluation.json")
+    assert {row["model"] for row in rows} == {"teacher", "before", "after"}
+    assert {row["language"] for row in rows if row["task"] == "topic"} == {"en", "es", "de"}
+    assert "## Results" in (folder / "student" / "README.md").read_text()
+
+    # The same command again: nothing is done, the results are shown.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    pipeline.distill(recipe)
+    assert "teacher   before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+
+
+def test_mlflow_holds_the_run(finished: tuple[Recipe, str]) -> None:
+    import mlflow
+
+    recipe, _ = finished
+    uri = f"sqlite:///{recipe.run.storage}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("xdist")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1
+    run = runs[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.batch_tokens"] == "256"
+    assert run.data.params["data.corpora.toy.path"] == "corpus.tsv"
+    assert {"train/loss", "train/cosine", "train/lr", "train/sequences_per_second", "held_out/selection"} <= run.data.metrics.keys()
+    assert "eval/translation/es/accuracy_en_to_xx" in run.data.metrics
+    assert "eval/topic/de/zero_shot_accuracy/teacher" in run.data.metrics
+    curve = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in curve] == [2, 4, 6, 8, 10, 12]
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["toy"]
+    names = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+    assert {"report.html", "plots", "recipe.yaml"} <= names
+
+    # The model loads back and embeds as the student does.
+    from sentence_transformers import SentenceTransformer
+
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model(client.search_logged_models([experiment.experiment_id])[0].model_uri)
+    texts = ["the patient has fever", "el paciente tiene tos"]
+    student = SentenceTransformer(f"{recipe.folder}/student", device="cpu")
+    np.testing.assert_allclose(np.asarray(model.predict(texts)), student.encode(texts), atol=1e-5)
+
+
+def test_plan_stops_before_work(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe()
+    pipeline.distill(recipe, plan=True)
+    out = capsys.readouterr().out
+    assert "unique sentences              400" in out
+    assert "already embedded                0" in out
+    assert not Path(recipe.folder, "shards").exists()
+    plan = files.read_json(f"{recipe.folder}/plan.json")
+    assert plan["pairs"] == 800
+    assert plan["training_steps"] == 12
+    assert plan["embed_seconds"] > 0
+
+
+def test_more_text_embeds_only_what_is_new(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    small = {"name": "toy", "path": "corpus.tsv", "source": "en", "target": "{lang}", "max_rows": 150}
+    pipeline.embed(make_recipe(data={"corpora": [small]}, run={"name": "first"}))
+    recipe = make_recipe(run={"name": "second"}, data={"shards": 8})  # another count of shards shares the store
+    pipeline.distill(recipe)
+    assert files.read_json(f"{recipe.folder}/embed.json")["cached"] == 150
+    assert files.read_json(f"{recipe.folder}/embed.json")["embedded"] == 250
+
+
+def test_another_recipe_under_the_same_name_is_refused(make_recipe: MakeRecipe) -> None:
+    pipeline.settle(make_recipe())
+    pipeline.settle(make_recipe(cluster={"num_cpus": 1}))  # where it runs may change
+    with pytest.raises(Refused, match=r"train\.lr: 0\.0005 → 0\.1"):
+        pipeline.settle(make_recipe(train={"lr": 0.1}))
+
+
+def test_a_collapsed_student_stops_the_run(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    recipe = make_recipe(train={"steps": 200, "lr": 5.0, "warmup_steps": 0, "log_every": 5, "evaluate_every": 200, "checkpoint_every": 200})
+    with pytest.raises(Refused, match=r"collapsed at step \d+.*Lower train\.lr \(now 5\.0\)"):
+        pipeline.distill(recipe)
+
+
+def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    """Two workers on one step's micro-batches end near the model of one worker on the same: the same sum, in another order."""
+    train = {"micro_batches": 2, "steps": 8}
+    weights = []
+    for name, workers in (("one", 1), ("two", 2)):
+        recipe = make_recipe(train=train, run={"name": name}, cluster={"workers": workers}, evaluate={"tasks": []})
+        pipeline.distill(recipe)
+        weights.append(load_file(f"{recipe.folder}/student/model.safetensors"))
+    for key, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][key], value, atol=2e-4, err_msg=key)
+
+
+# --- kill -9 ---
+
+
+@contextlib.contextmanager
+def started(recipe_file: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command as a user starts it, in a session of its own; whatever is left of it is ended by that session's id."""
+    command = [sys.executable, str(ROOT / "jobs" / "distill.py"), str(recipe_file)]
+    with open(folder / f"log-{time.time_ns()}.txt", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the command ended before the moment to kill it came"
+        assert time.monotonic() < deadline, "the moment to kill it never came"
+        time.sleep(0.01)
+
+
+def run_to_the_end(recipe_file: Path, folder: Path) -> None:
+    with started(recipe_file, folder) as process:
+        assert process.wait(timeout=300) == 0, sorted(folder.glob("log-*.txt"))[-1].read_text()[-3000:]
+
+
+def as_file(recipe: Recipe, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+def all_hashes(store: Path) -> list[int]:
+    found: list[int] = []
+    for path in store.glob("*/*.arrow"):
+        found += pa.ipc.open_file(path).read_all()["hash"].to_pylist()
+    return found
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train = {"steps": 300, "checkpoint_every": 20, "evaluate_every": 100, "log_every": 10}
+    data = {"shards": 16, "window": 4}
+    undisturbed = make_recipe(run={"name": "run", "storage": str(tmp_path / "a")}, train=train, data=data)
+    run_to_the_end(as_file(undisturbed, tmp_path / "a.yaml"), tmp_path)
+
+    killed = make_recipe(run={"name": "run", "storage": str(tmp_path / "b")}, train=train, data=data)
+    recipe_file, folder = as_file(killed, tmp_path / "b.yaml"), Path(killed.folder)
+    with started(recipe_file, tmp_path) as process:  # mid-embed: some segments are written, not all
+        wait_for(lambda: len(list((tmp_path / "b" / "store").glob("*/*.arrow"))) >= 2, process)
+        os.kill(process.pid, signal.SIGKILL)
+    held = all_hashes(tmp_path / "b" / "store")
+    assert 0 < len(held) < 400
+    with started(recipe_file, tmp_path) as process:  # mid-epoch: a few checkpoints are written
+        wait_for(lambda: len(list((folder / "checkpoints").glob("checkpoint_*"))) >= 2, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (folder / "student").exists()
+    run_to_the_end(recipe_file, tmp_path)
+
+    hashes = all_hashes(tmp_path / "b" / "store")
+    assert len(hashes) == len(set(hashes)) == 400, "a sentence was embedded twice, or is missing"
+    log = sorted(tmp_path.glob("log-*.txt"))[-1].read_text()
+    assert "step     10 of 300" not in log, "training began anew instead of going on"
+    assert_equal_weights(Path(undisturbed.folder), folder)
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    weights: list[dict[str, Any]] = [load_file(folder / "student" / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        np.testing.assert_array_equal(weights[1][key], value, err_msg=key)

@@ -1,0 +1,86 @@
+"""Selection: scores of a student on held-out text, against direct computations."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import sentences
+from sklearn.linear_model import LogisticRegression
+
+from xdist import encoder, files, metrics, selection
+from xdist.config import Recipe
+
+HELD = sentences(30, seed=9)
+
+
+class Student:
+    """Vectors of a hash of the text; counts what it is asked to encode."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        self.seen += texts
+        vectors = np.array([np.random.default_rng([*text.encode()]).normal(size=32) for text in texts]).reshape(-1, 32)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    recipe = make_recipe()
+    settings = recipe.model_dump()
+    settings["evaluate"]["tasks"][1]["dev"] = "test.tsv"
+    recipe = Recipe(**settings)
+    rows = []
+    for number, row in enumerate(HELD):
+        langs = ["es", "de"][: 1 + number % 2]  # every other sentence has no German
+        rows.append({"hash": number, "source": row["en"], "languages": langs, "texts": [row[lang] for lang in langs]})
+    files.write_table(f"{recipe.folder}/holdout/00000.parquet", pa.Table.from_pylist(rows))
+    return recipe
+
+
+def test_scores_are_those_computed_directly(recipe: Recipe, teacher: str) -> None:
+    frozen = encoder.load(teacher, "float32")
+    selection.prepare(recipe, frozen)
+    student = Student()
+    scores = selection.Judge(recipe).scores(student)  # type: ignore[arg-type]
+    assert set(scores) == {"retrieval/es", "retrieval/de", "translation/es", "translation/de", "topic/es", "topic/de"}
+
+    rows = sentences(480)
+    train, test = rows[400:440], rows[440:]
+    fresh = Student()
+    pools = {"retrieval/es": HELD, "retrieval/de": HELD[1::2], "translation/es": test, "translation/de": test}
+    for name, pool in pools.items():
+        a, b = (fresh.encode([row[lang] for row in pool]) for lang in ("en", name[-2:]))
+        cosines, own = a @ b.T, np.arange(len(pool))
+        assert scores[name] == pytest.approx(((cosines.argmax(1) == own).mean() + (cosines.argmax(0) == own).mean()) / 2)
+    head = LogisticRegression(C=metrics.REGULARISATION, max_iter=2000)
+    head.fit(frozen.encode([row["en"] for row in train]), [row["label"] for row in train])
+    for lang in ("es", "de"):
+        predicted = head.predict(fresh.encode([row[lang] for row in test]))
+        assert scores[f"topic/{lang}"] == pytest.approx((predicted == [row["label"] for row in test]).mean())
+
+
+def test_each_text_is_encoded_once(recipe: Recipe, teacher: str) -> None:
+    selection.prepare(recipe, encoder.load(teacher, "float32"))
+    student = Student()
+    selection.Judge(recipe).scores(student)  # type: ignore[arg-type]
+    assert len(student.seen) == len(set(student.seen)) > 100
+
+
+def test_a_student_that_is_perfect_scores_one(recipe: Recipe) -> None:
+    same = {row[lang]: row["en"] for row in [*HELD, *sentences(480)[440:]] for lang in ("en", "es", "de")}
+
+    class Perfect(Student):
+        def encode(self, texts: Sequence[str]) -> np.ndarray:
+            return super().encode([same[text] for text in texts])
+
+    tasks = [task for task in recipe.evaluate.tasks if task.kind == "retrieval"]
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": tasks})})
+    assert set(selection.Judge(recipe).scores(Perfect()).values()) == {1.0}  # type: ignore[arg-type]
+
+
+def test_nothing_to_judge_by(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(evaluate={"tasks": []})
+    assert selection.Judge(recipe).scores(Student()) == {}  # type: ignore[arg-type]

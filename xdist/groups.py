@@ -1,0 +1,128 @@
+"""Prepare's second pass: a shard's rows become groups, a source sentence with its translations; duplicates are dropped.
+
+Reads parts/ (see xdist/corpus.py). Writes corpus/<shard>.parquet (hash, source, languages, texts, corpora) and, for exact
+duplicates, rejects/duplicates-<shard>.parquet. The first of equal pairs is kept, in the order of corpora, files and lines.
+"""
+
+import collections
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xdist import cluster, files, text
+
+SHOWN = 500  # characters of a rejected row that are kept
+
+
+def write_rejects(uri: str, bad: pa.Table) -> None:
+    """Rejected rows as a Parquet file; none where there are none."""
+    if len(bad):
+        files.write_table(uri, bad.select(["corpus", "file", "line", "language", "reason", "text"]))
+
+
+def shown(source: pa.Array, target: pa.Array) -> pa.Array:
+    """Both sides as the one text that a rejects file shows."""
+    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(source, target, " ⇥ "), 0, SHOWN)
+
+
+def items(shards: int) -> list[dict[str, Any]]:
+    """Items of work: several shards together where there are many, since each item opens every part."""
+    count = max(1, min(16, shards // 64))
+    return [{"shards": list(range(first, first + count))} for first in range(0, shards, count)]
+
+
+def group(item: dict[str, Any], board: cluster.RemoteBoard, folder: str, parts: list[str]) -> dict[str, Any]:
+    """Group the shards of an item that are not done yet; their counts."""
+    waiting = [shard for shard in item["shards"] if not files.exists(f"{folder}/corpus/{shard:05d}.parquet")]
+    for shard, rows in zip(waiting, _shard_rows(folder, parts, waiting), strict=True):
+        _group_shard(folder, shard, rows)
+    done = []
+    for shard in item["shards"]:
+        done.append(_counts(folder, shard))
+        board.count(str(item["shards"][0]), sum(result["sentences"] for result in done))
+    return {"shards": done}
+
+
+def _group_shard(folder: str, shard: int, rows: pa.Table) -> None:
+    """Write one shard; its Parquet file, written last, is the marker that it is done."""
+    rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in ("hash", "language", "target")]))  # a stable sort
+    first = _first_of_run(rows)
+    again = rows.filter(pa.array(~first))
+    again = again.append_column("reason", pa.repeat(pa.scalar("duplicate"), len(again)))
+    again = again.append_column("text", shown(again["source"], again["target"]))
+    write_rejects(f"{folder}/rejects/duplicates-{shard:05d}.parquet", again)
+    files.write_json(f"{folder}/parts/duplicates-{shard:05d}.json", collections.Counter(again["corpus"].to_pylist()))
+    files.write_table(f"{folder}/corpus/{shard:05d}.parquet", _grouped(rows.filter(pa.array(first))))
+
+
+def _counts(folder: str, shard: int) -> dict[str, Any]:
+    table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
+    languages, corpora = (collections.Counter(table[name].combine_chunks().flatten().to_pylist()) for name in ("languages", "corpora"))
+    return {
+        "shard": shard,
+        "sentences": len(table),
+        "pairs": sum(languages.values()),
+        "languages": languages,
+        "corpora": corpora,
+        "digests": _digests(table),
+        "duplicates": files.read_json(f"{folder}/parts/duplicates-{shard:05d}.json"),
+        "source_characters": pc.sum(pc.utf8_length(table["source"])).as_py() or 0,
+        "target_characters": pc.sum(pc.utf8_length(table["texts"].combine_chunks().flatten())).as_py() or 0,
+    }
+
+
+def _digests(table: pa.Table) -> dict[str, int]:
+    """For each corpus a number of its pairs that depends neither on their order nor on the shards they are in."""
+    sizes = pc.list_value_length(table["texts"]).to_numpy()
+    corpora = table["corpora"].combine_chunks().flatten().dictionary_encode()
+    pairs = np.repeat(table["hash"].to_numpy(), sizes) * np.uint64(31)
+    pairs ^= text.text_hashes(table["texts"].combine_chunks().flatten().to_pylist())
+    places = corpora.indices.to_numpy()
+    return {name: int(pairs[places == place].sum()) for place, name in enumerate(corpora.dictionary.to_pylist())}
+
+
+def _shard_rows(folder: str, parts: list[str], shards: list[int]) -> list[pa.Table]:
+    """Rows of each shard, in the order of the corpora, files and lines."""
+    found: list[list[pa.Table]] = [[] for _ in shards]
+    for part in parts if shards else ():
+        with files.open_input(f"{folder}/parts/{part}.arrow") as stream:
+            reader = pa.ipc.open_file(stream)
+            labels = {name.decode(): value.decode() for name, value in reader.schema.metadata.items()}
+            for tables, shard in zip(found, shards, strict=True):
+                table = pa.Table.from_batches([reader.get_batch(shard)]).replace_schema_metadata(None)
+                table = table.set_column(1, "language", pa.array(json.loads(labels["languages"])).take(table["language"]))
+                for name in ("corpus", "file"):
+                    table = table.append_column(name, pa.repeat(pa.scalar(labels[name]), len(table)))
+                tables.append(table)
+    return [pa.concat_tables(tables).combine_chunks() for tables in found]
+
+
+def _first_of_run(rows: pa.Table) -> np.ndarray:
+    """Mask of the first of each run of equal (hash, language, target) in sorted rows."""
+    first = np.ones(len(rows), dtype=bool)
+    if len(rows) > 1:
+        same = [pc.equal(rows[name][1:], rows[name][:-1]).to_numpy() for name in ("hash", "language", "target")]
+        first[1:] = ~(same[0] & same[1] & same[2])
+    return first
+
+
+def _grouped(rows: pa.Table) -> pa.Table:
+    hashes = rows["hash"].to_numpy()
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.empty(0, np.int64)
+    offsets = pa.array(np.concatenate([starts, [len(hashes)]]), pa.int32())
+
+    def lists(name: str) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, rows[name].combine_chunks())
+
+    return pa.table(
+        {
+            "hash": pa.array(hashes[starts], pa.uint64()),
+            "source": rows["source"].take(pa.array(starts)),
+            "languages": lists("language"),
+            "texts": lists("target"),
+            "corpora": lists("corpus"),
+        }
+    )

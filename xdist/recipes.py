@@ -1,0 +1,141 @@
+"""Recipes: from a YAML file and the command line to checked settings, with errors that name the file and the key.
+
+python jobs/distill.py recipes/demo.yaml --train.lr 3e-4 --data.languages es,fr
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from xdist.config import Recipe, absolute, closest
+from xdist.errors import Refused
+
+
+def parse(argv: Sequence[str], description: str, flags: dict[str, str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+    """Command line `RECIPE [--section.key VALUE …]` to a checked recipe. `flags` adds switches: name → help.
+
+    Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
+    """
+    parser = argparse.ArgumentParser(
+        description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", help="YAML recipe, for example recipes/demo.yaml")
+    for name, help_text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
+    cli: CliSettingsSource[Any] = CliSettingsSource(Recipe, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
+    args = parser.parse_args(argv)
+    try:
+        overrides = cli(parsed_args=args)()
+    except (SettingsError, ValueError) as error:
+        raise Refused(
+            f'command line: {error.__cause__ or error}; write lists as a,b or \'["a", "b"]\' and mappings as \'{{"key": 1}}\''
+        ) from None
+    return load(args.recipe, overrides), args
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key written twice is an error instead of a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises YAMLError for a key that occurs twice."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe file, with overrides as a nested dictionary."""
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        raise Refused(f"recipe {path} does not exist; recipes/ holds examples") from None
+    except OSError as error:
+        raise Refused(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"recipe {path} is not valid YAML: {error}") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise Refused(f"recipe {path}: expected sections such as run: and data:, found {type(settings).__name__}")
+    settings = _placed(_merged(settings, overrides or {}), os.path.dirname(os.path.abspath(path)))
+    return _anchored(check(settings, str(path)))
+
+
+def _placed(value: Any, folder: str) -> Any:
+    """`{recipe}` in any text stands for the recipe's folder."""
+    if isinstance(value, dict):
+        return {key: _placed(entry, folder) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_placed(entry, folder) for entry in value]
+    return value.replace("{recipe}", folder) if isinstance(value, str) else value
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """Relative folders made absolute: workers run in folders of their own, and on other machines."""
+    settings = recipe.model_dump()
+    for section, key in (("run", "storage"), ("data", "root")):
+        settings[section][key] = absolute(settings[section][key])
+    for section, key in (("teacher", "model"), ("student", "base")):
+        if os.path.isdir(settings[section][key]):
+            settings[section][key] = os.path.abspath(settings[section][key])
+    return Recipe(**settings)
+
+
+def check(settings: dict[str, Any], origin: str) -> Recipe:
+    """Nested dictionary to a checked recipe; errors name `origin` and the key."""
+    for key in settings:
+        if key not in Recipe.model_fields:  # asked here: pydantic-settings takes names such as _env_file for its own
+            raise Refused(f"{origin}: {key}: unknown key; {closest(str(key), list(Recipe.model_fields))}")
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise Refused("\n".join(_explained(error, origin))) from None
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionary to (dotted key, value); named list entries (corpora, tasks) take their name as the key."""
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{dotted}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
+            for entry in value:
+                yield from flatten({k: v for k, v in entry.items() if k != "name"}, f"{dotted}.{entry['name']}.")
+        else:
+            yield dotted, value
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old → new` for each key whose value differs, apart from where things lie, run and are tracked."""
+    free = ("cluster.", "track.", "run.storage", "data.root")
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(free))
+    return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "loss"
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _explained(error: ValidationError, origin: str) -> Iterator[str]:
+    known = [key for key, _ in flatten(Recipe().model_dump())]
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key; {closest(key, known)}"
+        elif isinstance(problem["input"], bool) and problem["type"] == "string_type":
+            message += f"; YAML reads {'yes, on' if problem['input'] else 'no, off'} as a truth value: put it in quotes"
+        yield f"{origin}: {key}: {message}" if key else f"{origin}: {message}"
