@@ -48,10 +48,10 @@ def test_importing_a_module_imports_neither_ray_nor_mlflow(name: str) -> None:
     assert not {"ray", "mlflow"} & tops(MODULES[name], at_import=True)
 
 
-@pytest.mark.parametrize("name", ["config", "job", "errors"])
+@pytest.mark.parametrize("name", ["config", "recipes", "job", "errors"])
 def test_what_help_needs_is_light(name: str) -> None:
     assert not HEAVY & tops(MODULES[name], at_import=True)
-    assert ours(MODULES[name], at_import=True) <= {"config", "errors"}
+    assert ours(MODULES[name], at_import=True) <= {"config", "errors", "recipes"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_pure_parts_know_no_cluster(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config"},
-    {"batching", "loss", "store", "track", "cluster", "files", "text", "progress", "metrics"},
+    {"recipes", "batching", "loss", "store", "track", "cluster", "files", "text", "progress", "metrics"},
     {"encoder", "student", "corpus", "checkpoint"},
     {"embed", "evaluate"},
     {"train"},

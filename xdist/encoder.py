@@ -73,7 +73,11 @@ class Encoder(torch.nn.Module):
         return list(found["input_ids"])
 
     def encode(
-        self, texts: Sequence[str], batch_tokens: int | None = None, done: Callable[[int], None] | None = None, max_length: int | None = None
+        self,
+        texts: Sequence[str],
+        batch_tokens: int | None = None,
+        done: Callable[[int], None] | None = None,
+        max_length: int | None = None,
     ) -> np.ndarray:
         """Texts to unit vectors, float32 (n, dimension), in their order. `done` hears how many texts are finished. Raises
         Refused where the model has fewer positions than `max_length`."""
