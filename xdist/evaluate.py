@@ -5,6 +5,7 @@ the cluster (GPUs where there are any); the measures are taken here.
 """
 
 import io
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +19,6 @@ from xdist.progress import Progress, say
 
 MODELS = ("teacher", "before", "after")
 FEW_SHOT_SEEDS = 5
-BATCH_TOKENS = 16384  # of one forward pass
 
 Vectors = dict[str, np.ndarray]  # text → vector
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ def evaluate(recipe: Recipe) -> list[Row]:
     texts = _texts(recipe)
     with Progress("evaluate", "texts", len(texts) * len(MODELS)) as progress:
         arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
-        for _ in cluster.stream(items, _encode_model, progress, cpus=cpus, gpus=gpus, **arguments):
+        for _ in cluster.stream(items, ModelEncoder, progress, actors=len(items) if gpus else 1, cpus=cpus, gpus=gpus, **arguments):
             pass
     vectors = {model: dict(zip(texts, _load(recipe, model), strict=True)) for model in MODELS}
     rows = [row for task in recipe.evaluate.tasks for row in _task_rows(recipe, task, vectors)]
@@ -61,28 +61,34 @@ def _texts(recipe: Recipe) -> list[str]:
     return list(found)
 
 
-def _encode_model(item: Row, board: cluster.RemoteBoard, settings: dict[str, Any], threads: int) -> Row:
-    import tempfile
+class ModelEncoder:
+    """Encodes all texts of all tasks with one model after the other; an actor, so that libraries are loaded once."""
 
-    import torch
+    def __init__(self, settings: dict[str, Any], threads: int):
+        import torch
 
-    from xdist import encoder
+        if threads:
+            torch.set_num_threads(threads)
+        self.recipe = Recipe(**settings)
+        self.texts = _texts(self.recipe)
 
-    recipe, model = Recipe(**settings), item["model"]
-    if threads:
-        torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        if model == "teacher":
-            folder, prompt, longest = encoder.located(recipe.teacher), recipe.teacher.prompt, recipe.teacher.max_length
-        else:
-            name = {"before": "initial", "after": "student"}[model]
-            folder, prompt, longest = files.download(f"{recipe.folder}/{name}", scratch), "", recipe.student.max_length
-        found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
-        vectors = found.encode(_texts(recipe), BATCH_TOKENS, lambda done: board.count(model, done), longest)
-    buffer = io.BytesIO()
-    np.save(buffer, vectors)
-    files.write(f"{recipe.folder}/evaluation/{model}.npy", buffer.getvalue())
-    return {"model": model}
+    def __call__(self, item: Row, board: cluster.RemoteBoard) -> Row:
+        """Write one model's vectors to <run>/evaluation/<model>.npy."""
+        from xdist import encoder
+
+        recipe, model = self.recipe, item["model"]
+        with tempfile.TemporaryDirectory() as scratch:
+            if model == "teacher":
+                folder, prompt, longest = encoder.located(recipe.teacher), recipe.teacher.prompt, recipe.teacher.max_length
+            else:
+                name = {"before": "initial", "after": "student"}[model]
+                folder, prompt, longest = files.download(f"{recipe.folder}/{name}", scratch), "", recipe.student.max_length
+            found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
+            vectors = found.encode(self.texts, None, lambda done: board.count(model, done), longest)
+        buffer = io.BytesIO()
+        np.save(buffer, vectors)
+        files.write(f"{recipe.folder}/evaluation/{model}.npy", buffer.getvalue())
+        return {"model": model}
 
 
 def _load(recipe: Recipe, model: str) -> np.ndarray:

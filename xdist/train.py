@@ -135,6 +135,7 @@ def _train_here(config: dict[str, Any]) -> None:
     for position, micro_batches in order.batches(start, rank, world):
         learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
         last = position.step == total
+        torch.manual_seed(recipe.run.seed + position.step)  # dropout, if there is any, is a function of the step as well
         watched = last or position.step % recipe.train.log_every == 0
         measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched)
         meter.add(micro_batches)
