@@ -67,6 +67,8 @@ def gather(recipe: Recipe, run_id: str) -> dict[str, Any]:
     """Everything that the report shows, as JSON."""
     folder = recipe.folder
     names = [name for name in track.metric_names(recipe, run_id) if name in CURVES or name.startswith("held_out/")]
+    with tempfile.TemporaryDirectory() as scratch:
+        student = _student(recipe, scratch)
     return {
         "name": recipe.run.name,
         "prepared": files.read_json(f"{folder}/corpus/manifest.json"),
@@ -74,8 +76,8 @@ def gather(recipe: Recipe, run_id: str) -> dict[str, Any]:
         "embed": files.read_json(f"{folder}/embed.json"),
         "evaluation": files.read_json(f"{folder}/evaluation.json"),
         "curves": track.curves(recipe, run_id, names),
-        "task_lengths": _task_lengths(recipe),
-        "projection": _projection(recipe),
+        "task_lengths": _task_lengths(recipe, student),
+        "projection": _projection(recipe, student),
     }
 
 
@@ -85,21 +87,18 @@ def _student(recipe: Recipe, scratch: str) -> Any:
     return encoder.load(files.download(f"{recipe.folder}/student", os.path.join(scratch, "student")), "float32", "auto")
 
 
-def _task_lengths(recipe: Recipe) -> dict[str, list[int]]:
+def _task_lengths(recipe: Recipe, student: Any) -> dict[str, list[int]]:
     """Histogram of token counts of each task's test texts, all languages together."""
     from xdist import tasks
 
     out = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        student = _student(recipe, scratch)
-        for task in recipe.evaluate.tasks:
-            texts = [text for lang in recipe.task_languages(task) for text in tasks.read(recipe, task, "test", lang)["text"]]
-            lengths = [len(row) for row in student.tokenize(texts, 512)]
-            out[task.name] = np.bincount(lengths).tolist()
+    for task in recipe.evaluate.tasks:
+        texts = [text for lang in recipe.task_languages(task) for text in tasks.read(recipe, task, "test", lang)["text"]]
+        out[task.name] = np.bincount([len(row) for row in student.tokenize(texts, 512)]).tolist()
     return out
 
 
-def _projection(recipe: Recipe, sentences: int = 8) -> list[Row]:
+def _projection(recipe: Recipe, student: Any, sentences: int = 8) -> list[Row]:
     """A few held-out sentences in all their languages on the two first principal axes of the student's vectors."""
     wanted = set(recipe.data.languages)
     groups = [group for group in shards.holdout(recipe.folder) if wanted <= set(group["languages"])]
@@ -110,8 +109,7 @@ def _projection(recipe: Recipe, sentences: int = 8) -> list[Row]:
         rows += [{"group": number, "language": lang, "text": text} for lang, text in texts.items()]
     if len(rows) < 3:
         return []
-    with tempfile.TemporaryDirectory() as scratch:
-        vectors = _student(recipe, scratch).encode([row["text"] for row in rows])
+    vectors = student.encode([row["text"] for row in rows])
     centred = vectors - vectors.mean(0)
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
     return [row | {"x": float(x), "y": float(y)} for row, (x, y) in zip(rows, centred @ axes.T, strict=True)]
