@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
 
 from xdist import metrics
 
@@ -26,6 +27,31 @@ def test_head_predicts_as_logistic_regression(classes: int) -> None:
     scores = x[200:] @ head.weights.T + head.bias
     probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, wanted.predict_proba(x[200:]), atol=1e-4)
+
+
+def test_regularisation_is_the_best_of_a_loop_over_folds() -> None:
+    x, y = make_blobs(200, n_features=20, centers=4, cluster_std=9.0, random_state=1)
+    labels = [f"class {number}" for number in y]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    means = []
+    for c in metrics.REGULARISATIONS:
+        scores = []
+        for train, test in StratifiedKFold(metrics.FOLDS).split(x, labels):
+            head = metrics.fit_head(x[train], [labels[row] for row in train], c)
+            scores.append(np.mean([head.classes[guess] == labels[row] for guess, row in zip(head.predict(x[test]), test, strict=True)]))
+        means.append(np.mean(scores))
+    assert len(set(means)) > 1
+    assert metrics.chosen_regularisation(x, labels) == metrics.REGULARISATIONS[int(np.argmax(means))]
+
+
+@pytest.mark.parametrize("labels", [["only"] * 9, ["a"] * 20 + ["b"] * 4])
+def test_regularisation_is_the_default_where_folds_cannot_be_made(labels: list[str]) -> None:
+    assert metrics.chosen_regularisation(unit(len(labels), 4, 0), labels) == metrics.REGULARISATION
+
+
+@pytest.mark.filterwarnings("error")
+def test_head_of_one_row_per_class_is_fitted_without_a_warning() -> None:
+    assert len(metrics.fit_head(unit(6, 4, 0), list("abcdef")).classes) == 6
 
 
 def test_head_of_a_single_class_always_says_it() -> None:

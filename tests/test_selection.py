@@ -55,8 +55,8 @@ def test_scores_are_those_computed_directly(recipe: Recipe, teacher: str) -> Non
         a, b = (fresh.encode([row[lang] for row in pool]) for lang in ("en", name[-2:]))
         cosines, own = a @ b.T, np.arange(len(pool))
         assert scores[name] == pytest.approx(((cosines.argmax(1) == own).mean() + (cosines.argmax(0) == own).mean()) / 2)
-    head = LogisticRegression(C=metrics.REGULARISATION, max_iter=2000)
-    head.fit(frozen.encode([row["en"] for row in train]), [row["label"] for row in train])
+    known, labels = frozen.encode([row["en"] for row in train]), [row["label"] for row in train]
+    head = LogisticRegression(C=metrics.chosen_regularisation(known, labels), max_iter=2000).fit(known, labels)
     for lang in ("es", "de"):
         predicted = head.predict(fresh.encode([row[lang] for row in test]))
         assert scores[f"topic/{lang}"] == pytest.approx((predicted == [row["label"] for row in test]).mean())

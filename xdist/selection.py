@@ -26,7 +26,8 @@ def prepare(recipe: Recipe, teacher: "Encoder") -> None:
         uri = f"{recipe.folder}/selection/{task.name}.npz"
         if task.kind == "classification" and task.dev and not files.exists(uri):
             rows = tasks.read(recipe, task, "train", recipe.data.source_language)
-            head = metrics.fit_head(teacher.encode(rows["text"], max_length=recipe.teacher.max_length), rows["label"])
+            vectors = teacher.encode(rows["text"], max_length=recipe.teacher.max_length)
+            head = metrics.fit_head(vectors, rows["label"], metrics.chosen_regularisation(vectors, rows["label"]))
             buffer = io.BytesIO()
             np.savez(buffer, weights=head.weights, bias=head.bias, classes=np.frombuffer(json.dumps(head.classes).encode(), np.uint8))
             files.write(uri, buffer.getvalue())
