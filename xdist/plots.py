@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 COLOURS = {"teacher": "#9aa5b1", "before": "#e0b04c", "after": "#1f6f8b"}
 LABELS = {"teacher": "teacher", "before": "student before", "after": "student after"}
 PALETTE = ["#1f6f8b", "#e07a5f", "#81b29a", "#e0b04c", "#6d597a", "#9aa5b1", "#355070", "#b56576", "#43aa8b", "#577590"]
+SMOOTH = 5  # measures of single batches are noisy: batches differ in length and kind of text
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ed", "axes.axisbelow": True,
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
@@ -111,14 +112,14 @@ def _curves(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     if not curves.get("train/loss"):
         return None
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 5.6), layout="constrained")
-    _line(axes[0, 0], curves, {"train/loss": "loss", "train/cosine": "cosine distance to the teacher"})
+    _line(axes[0, 0], curves, {"train/loss": "loss", "train/cosine": "cosine distance to the teacher"}, smooth=SMOOTH)
     axes[0, 0].set_title("Training loss")
     held_out = {name: name.removeprefix("held_out/") for name in curves if name.startswith("held_out/")}
     _line(axes[0, 1], curves, held_out, marker="o")
     axes[0, 1].set_title("Accuracy on held-out text")
-    _line(axes[1, 0], curves, {"train/student_rank": "effective rank of the student's batch"})
+    _line(axes[1, 0], curves, {"train/student_rank": "effective rank of the student's batch"}, smooth=SMOOTH)
     axes[1, 0].set_title("Spread of the student's vectors")
-    _line(axes[1, 1], curves, {"train/sequences_per_second": "texts per second"})
+    _line(axes[1, 1], curves, {"train/sequences_per_second": "texts per second"}, smooth=SMOOTH)
     axes[1, 1].set_title("Speed")
     for axis in axes.flat:
         axis.set_xlabel("step")
@@ -126,10 +127,15 @@ def _curves(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _line(axis: Any, curves: dict[str, Any], names: dict[str, str], marker: str = "") -> None:
+def _line(axis: Any, curves: dict[str, Any], names: dict[str, str], smooth: int = 0, marker: str = "") -> None:
+    """Curves by name; with `smooth`, the mean of as many last values over the pale single ones."""
     for colour, (name, label) in zip(PALETTE * 3, names.items(), strict=False):
         if curves.get(name):
-            axis.plot(*zip(*curves[name], strict=True), color=colour, label=label, marker=marker, ms=3, lw=1.5)
+            steps, values = zip(*curves[name], strict=True)
+            if smooth:
+                axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+                values = tuple(np.mean(values[max(0, end - smooth) : end]) for end in range(1, len(values) + 1))
+            axis.plot(steps, values, color=colour, label=label, marker=marker, ms=3, lw=1.5)
     axis.legend(fontsize=8, loc="best" if len(names) < 4 else "center left", bbox_to_anchor=None if len(names) < 4 else (1.0, 0.5))
 
 
@@ -194,11 +200,16 @@ def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     signs = dict(zip([recipe.data.source_language, *recipe.data.languages], "*os^Dv<>ph" * 3, strict=False))
     for row in rows:
         colour = PALETTE[row["group"] % len(PALETTE)]
-        source = row["language"] == recipe.data.source_language
-        axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=150 if source else 50, alpha=0.85)
-        if source:
-            short = row["text"] if len(row["text"]) < 60 else row["text"][:57] + "…"
-            axis.annotate(short, (row["x"], row["y"]), xytext=(7, 7), textcoords="offset points", fontsize=8, color=colour)
+        size = 150 if row["language"] == recipe.data.source_language else 50
+        axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=size, alpha=0.85)
+    heights = [row["y"] for row in rows]
+    lowest, apart = -np.inf, 0.045 * (max(heights) - min(heights))
+    for row in sorted((row for row in rows if row["language"] == recipe.data.source_language), key=lambda row: row["y"]):
+        lowest = max(row["y"] + apart / 2, lowest + apart)  # of labels side by side, one moves up
+        short = row["text"] if len(row["text"]) < 60 else row["text"][:57] + "…"
+        axis.annotate(
+            short, (row["x"], lowest), xytext=(7, 0), textcoords="offset points", fontsize=8, color=PALETTE[row["group"] % len(PALETTE)]
+        )
     for lang, sign in signs.items():
         axis.scatter([], [], marker=sign, color="#444", label=lang)
     axis.legend(ncols=len(signs))
