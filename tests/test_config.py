@@ -26,6 +26,10 @@ def parse(tmp_path: Path, *argv: str, text: str = "run: {name: r}\n") -> Recipe:
     return recipes.parse([recipe(tmp_path, text), *argv], "")[0]
 
 
+SHARING = "{name: a, path: x, id: id, shares_ids_with: [t]}"
+RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -65,6 +69,14 @@ def parse(tmp_path: Path, *argv: str, text: str = "run: {name: r}\n") -> Recipe:
         ("evaluate: {tasks: [{name: t, kind: classification, test: x}]}", "classification task 't' needs `train`"),
         ("evaluate: {tasks: [{name: t, kind: sts, test: x}, {name: t, kind: sts, test: y}]}", "two tasks have the same name"),
         ("evaluate: {tasks: [{name: t, kind: sts, test: x, languages: [es]}]}", "add the source language 'en'"),
+        ("evaluate: {tasks: [{name: t, kind: retrieval, test: x.tsv}]}", r"evaluate\.tasks\.t: put \{lang\} in its paths or in `text`"),
+        (f"data: {{corpora: [{SHARING}]}}\nevaluate: {{tasks: [{{{RETRIEVAL}}}]}}", r"shares_ids_with: task t has no `id`"),
+        (
+            f"data: {{corpora: [{SHARING}]}}\nevaluate: {{decontaminate: false, tasks: [{{{RETRIEVAL}, id: id}}]}}",
+            r"shares_ids_with does nothing without evaluate\.decontaminate",
+        ),
+        ("evaluate: {tasks: [{name: t, kind: classification, train: x, test: x, shots: [0]}]}", r"shots\.0: .*greater than or equal to 1"),
+        ("train: {matryoshka: [-1]}", r"train\.matryoshka\.0: .*greater than or equal to 1"),
         ("cluster: {workers: 2}", r"micro_batches 1 is not a multiple of cluster\.workers 2.*set train\.micro_batches: 2"),
         ("student: {base: other, vocabulary: train}", r"needs student\.base: teacher"),
         ("[1, 2]", "expected sections such as run: and data:, found list"),
@@ -164,13 +176,13 @@ def test_folders_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pyte
 
 
 def test_languages_of_a_task() -> None:
-    task = {"name": "t", "kind": "sts", "test": "x"}
+    task = {"name": "t", "kind": "sts", "test": "{lang}"}
     found = Recipe(data={"languages": ["es", "de"]}, evaluate={"tasks": [task, task | {"name": "u", "languages": ["de", "en", "it"]}]})
     assert [found.task_languages(task) for task in found.evaluate.tasks] == [["en", "es", "de"], ["en", "de"]]
 
 
 def test_differing_names_keys_and_looks_past_places() -> None:
-    corpus, task = {"name": "a", "path": "x"}, {"name": "t", "kind": "sts", "test": "x"}
+    corpus, task = {"name": "a", "path": "x"}, {"name": "t", "kind": "sts", "test": "{lang}"}
     old = Recipe(data={"corpora": [corpus]}, evaluate={"tasks": [task]}).model_dump(mode="json")
     free = Recipe(
         run={"storage": "/elsewhere"}, data={"root": "/d", "corpora": [corpus]}, evaluate={"tasks": [task]},

@@ -335,7 +335,7 @@ def test_inputs_that_changed_under_a_killed_run_start_it_over(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tsv(tmp_path / "eval.tsv", "nothing", header="text")
-    task = {"name": "t", "kind": "retrieval", "test": "eval.tsv"}
+    task = {"name": "t", "kind": "retrieval", "test": "eval.tsv", "languages": ["en"]}
     corpora = [{"path": tsv(tmp_path / "a.tsv", "one\tuno"), "name": "a"}, {"path": tsv(tmp_path / "b.tsv", "two\tdos"), "name": "b"}]
     group = groups._group_shard
     monkeypatch.setattr(groups, "_group_shard", None)

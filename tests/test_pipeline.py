@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,10 +120,41 @@ def test_more_text_embeds_only_what_is_new(make_recipe: MakeRecipe, ray_cluster:
 
 
 def test_another_recipe_under_the_same_name_is_refused(make_recipe: MakeRecipe) -> None:
-    pipeline.settle(make_recipe())
+    recipe = make_recipe()
+    pipeline.settle(recipe)
+    files.write_json(f"{recipe.folder}/mlflow.json", {})
     pipeline.settle(make_recipe(cluster={"num_cpus": 1}))  # where it runs may change
     with pytest.raises(Refused, match=r"train\.lr: 0\.0005 → 0\.1"):
         pipeline.settle(make_recipe(train={"lr": 0.1}))
+
+
+def test_a_recipe_mended_after_a_plan_begins_anew(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    pipeline.distill(make_recipe(), plan=True)
+    mended = make_recipe(train={"steps": 7}, data={"max_chars": 20})
+    pipeline.distill(mended, plan=True)
+    plan = files.read_json(f"{mended.folder}/plan.json")
+    assert plan["training_steps"] == 7
+    assert plan["pairs"] < 800
+    assert yaml.safe_load(files.read(f"{mended.folder}/recipe.yaml"))["train"]["steps"] == 7
+
+
+def test_killed_between_the_last_step_and_the_export(finished: tuple[Recipe, str]) -> None:
+    """Nothing is left to train; the student is written from the checkpoint, and is the same."""
+    recipe, _ = finished
+    weights = Path(recipe.folder, "student", "model.safetensors")
+    before = load_file(weights)
+    shutil.rmtree(weights.parent)
+    pipeline.distill(recipe)
+    after = load_file(weights)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_mistake_in_a_task_is_refused_before_work(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    recipe.evaluate.tasks[0].label = "labell"
+    with pytest.raises(Refused, match="labell"):
+        pipeline.distill(recipe)
+    assert not Path(recipe.folder, "corpus").exists()
 
 
 def test_a_collapsed_student_stops_the_run(make_recipe: MakeRecipe, ray_cluster: None) -> None:

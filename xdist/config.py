@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -199,7 +199,7 @@ class Train(Section):
     """Weight of each loss term: cosine, similarity, mse, contrastive, soft_contrastive."""
     loss_temperature: float = Field(default=0.05, gt=0)
     """Temperature of the contrastive losses."""
-    matryoshka: list[int] = []
+    matryoshka: list[Annotated[int, Field(ge=1)]] = []
     """Prefix lengths of the vector at which the loss is taken as well, for example [128, 256]."""
     evaluate_every: int = Field(default=500, ge=1)
     """Steps between evaluations on held-out text."""
@@ -254,7 +254,7 @@ class Task(Section):
     """Column with the id that is the same in every language; retrieval joins on it, row order otherwise."""
     split: str | None = None
     """Column that holds train, dev or test, where one file holds all three."""
-    shots: list[int] = []
+    shots: list[Annotated[int, Field(ge=1)]] = []
     """Classification: sizes of labelled samples in the target language for few-shot heads."""
 
     @model_validator(mode="after")
@@ -327,7 +327,7 @@ class Recipe(BaseSettings):
     @model_validator(mode="after")
     def _cross_check(self) -> "Recipe":
         names = [corpus.name for corpus in self.data.corpora] + [task.name for task in self.evaluate.tasks]
-        tasks = {task.name for task in self.evaluate.tasks}
+        tasks = {task.name: task for task in self.evaluate.tasks}
         for name in names:
             if names.count(name) > 1 and name not in tasks:
                 raise ValueError(f"data.corpora: two corpora are called {name!r}; give each its own name")
@@ -337,11 +337,17 @@ class Recipe(BaseSettings):
             for name in corpus.shares_ids_with:
                 if name not in tasks:
                     raise ValueError(f"data.corpora.{corpus.name}.shares_ids_with: no task {name!r}; {closest(name, tasks)}")
+                if not tasks[name].id:
+                    raise ValueError(f"data.corpora.{corpus.name}.shares_ids_with: task {name} has no `id`, the column with the ids")
             if corpus.shares_ids_with and not corpus.id:
                 raise ValueError(f"data.corpora.{corpus.name}: shares_ids_with needs `id`, the column with the ids")
+            if corpus.shares_ids_with and not self.evaluate.decontaminate:
+                raise ValueError(f"data.corpora.{corpus.name}: shares_ids_with does nothing without evaluate.decontaminate")
         for task in self.evaluate.tasks:
             if task.languages is not None and self.data.source_language not in task.languages:
                 raise ValueError(f"evaluate.tasks.{task.name}.languages: add the source language {self.data.source_language!r}")
+            if len(self.task_languages(task)) > 1 and "{lang}" not in task.text and "{lang}" not in task.test:
+                raise ValueError(f"evaluate.tasks.{task.name}: put {{lang}} in its paths or in `text`, or every language has the same text")
         if self.data.source_language in self.data.languages:
             raise ValueError(f"data.languages: {self.data.source_language!r} is the source language; leave it out")
         if self.data.min_chars > self.data.max_chars:

@@ -142,7 +142,9 @@ def sentence_transformer(folder: str, attention: str, trust_remote_code: bool = 
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    options = {"attn_implementation": attention, "dtype": torch.float32}
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    if any(_modules(folder)[0].glob(WEIGHTS)):
+        options["use_safetensors"] = True  # without it, a pickle beside oddly named safetensors would be read
     try:
         model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust_remote_code, model_kwargs=options, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

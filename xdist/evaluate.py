@@ -24,10 +24,11 @@ Vectors = dict[str, np.ndarray]  # text → vector
 Row = dict[str, Any]
 
 
-def evaluate(recipe: Recipe) -> list[Row]:
-    """Rows {task, kind, language, model, metric, value, low, high, n}. Needs a connected Ray and a trained student."""
+def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
+    """Rows {task, kind, language, model, metric, value, low, high, n}; those found before, unless they are wanted anew.
+    Needs a connected Ray and a trained student."""
     uri = f"{recipe.folder}/evaluation.json"
-    if files.exists(uri):
+    if files.exists(uri) and not anew:
         return list(files.read_json(uri))
     if not recipe.evaluate.tasks:
         files.write_json(uri, [])
@@ -47,15 +48,10 @@ def evaluate(recipe: Recipe) -> list[Row]:
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """All texts of all tasks, each once, in a fixed order: labelled rows of other languages only where few-shot heads are
-    fitted on them."""
+    """All texts of all tasks, each once, in a fixed order."""
     found: dict[str, None] = {}
     for task in recipe.evaluate.tasks:
-        langs = recipe.task_languages(task)
-        wanted = [("test", lang) for lang in langs]
-        if task.kind == "classification":
-            wanted += [("train", lang) for lang in dict.fromkeys([recipe.data.source_language, *(langs if task.shots else [])])]
-        for split, lang in wanted:
+        for split, lang in tasks.measured(recipe, task):
             rows = tasks.read(recipe, task, split, lang)
             found.update(dict.fromkeys(rows["text"] + rows.get("text2", [])))
     return list(found)

@@ -16,23 +16,29 @@ from xdist.errors import Refused
 from xdist.progress import duration, say
 from xdist.recipes import differing
 
+BEFORE_TRAINING = ("parts", "corpus", "rejects", "initial", "plan.json", "selection", "shards", "holdout")
+
 
 def settle(recipe: Recipe) -> None:
-    """Claim the run's folder for this recipe, or continue in it. Raises Refused where another recipe claimed it."""
+    """Claim the run's folder for this recipe, or continue in it. Where another recipe claimed it but got no further than a
+    plan, the run begins anew; after that, raises Refused."""
     uri = f"{recipe.folder}/recipe.yaml"
     import yaml
 
     settings = recipe.model_dump(mode="json")
-    if not files.exists(uri):
-        files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
-        return
-    differences = differing(yaml.safe_load(files.read(uri)), settings)
-    if differences:
+    differences = differing(yaml.safe_load(files.read(uri)), settings) if files.exists(uri) else []
+    if differences and files.exists(f"{recipe.folder}/mlflow.json"):
         listed = "\n  ".join(differences)
         raise Refused(
             f"run {recipe.run.name} exists in {recipe.run.storage} with another recipe:\n  {listed}\n"
             f"Give this one another name (--run.name …), or delete {recipe.folder}"
         )
+    if differences:
+        say(f"prepare   the recipe of run {recipe.run.name} changed before anything was trained; it begins anew")
+        for name in BEFORE_TRAINING:
+            files.remove(f"{recipe.folder}/{name}")
+    if differences or not files.exists(uri):
+        files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -65,11 +71,12 @@ def embed(recipe: Recipe) -> None:
 
 def distill(recipe: Recipe, plan: bool = False) -> None:
     """Everything: from corpora to report. With `plan`, stop after the plan."""
-    from xdist import encoder, report, student, track
+    from xdist import encoder, report, student, tasks, track
     from xdist.store import VectorStore
 
     started = time.monotonic()
     settle(recipe)
+    tasks.check(recipe)
     folder = encoder.located(recipe.teacher)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
@@ -114,11 +121,11 @@ def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerpri
         train.export(recipe, best)
 
 
-def _evaluate(recipe: Recipe, run_id: str) -> list[dict[str, Any]]:
+def _evaluate(recipe: Recipe, run_id: str, anew: bool = False) -> list[dict[str, Any]]:
     from xdist import evaluate as evaluation
     from xdist import report, track
 
-    rows = evaluation.evaluate(recipe)
+    rows = evaluation.evaluate(recipe, anew)
     track.log_metrics(report.as_metrics(rows))
     report.write(recipe, run_id)
     return rows
@@ -130,9 +137,8 @@ def evaluate(recipe: Recipe) -> None:
 
     settle(recipe)
     _need_student(recipe)
-    files.remove(f"{recipe.folder}/evaluation.json")
     with cluster.connected(recipe.cluster), track.run(recipe, "evaluate") as run_id:
-        rows = _evaluate(recipe, run_id)
+        rows = _evaluate(recipe, run_id, anew=True)
     say(report.table(recipe, rows))
 
 
@@ -142,6 +148,8 @@ def write_report(recipe: Recipe) -> None:
 
     settle(recipe)
     _need_student(recipe)
+    if not files.exists(f"{recipe.folder}/evaluation.json"):
+        raise Refused(f"run {recipe.run.name} has not been evaluated yet; run jobs/evaluate.py first")
     with track.run(recipe, "report") as run_id:
         report.write(recipe, run_id)
     say(f"report    {recipe.folder}/report.html")

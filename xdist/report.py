@@ -152,5 +152,6 @@ def model_card(recipe: Recipe, found: dict[str, Any]) -> str:
         lines.append(f"| {task} | {lang} | {metric} | {values} | {interval} |")
     lines += ["", "## Training text", "", "| corpus | pairs |", "|---|---|"]
     lines += [f"| {name} | {count:,} |" for name, count in found["prepared"]["corpora"].items()]
-    lines += ["", "Texts of the evaluation sets above were kept out of training.", ""]
+    kept = "were kept out of training" if recipe.evaluate.decontaminate else "were not looked for in the training text"
+    lines += ["", f"Texts of the evaluation sets above {kept}.", ""]
     return "\n".join(lines)

@@ -56,6 +56,24 @@ def _check(path: str, line: int, row: dict[str, str]) -> None:
         raise Refused(f"{path}: line {line}: score {row['score']!r} is not a number; mend the evaluation file")
 
 
+def check(recipe: Recipe) -> None:
+    """Read every split of every task once, so that a mistake in one is refused before work begins and not after it."""
+    for task in recipe.evaluate.tasks:
+        dev = [("dev", lang) for lang in recipe.task_languages(task) if task.dev]
+        for split, lang in [*dev, *measured(recipe, task)]:
+            read(recipe, task, split, lang)
+
+
+def measured(recipe: Recipe, task: Task) -> list[tuple[str, str]]:
+    """(split, language) of all rows that an evaluation reads: labelled rows of other languages only where few-shot heads
+    are fitted on them."""
+    langs = recipe.task_languages(task)
+    wanted = [("test", lang) for lang in langs]
+    if task.kind == "classification":
+        wanted += [("train", lang) for lang in dict.fromkeys([recipe.data.source_language, *(langs if task.shots else [])])]
+    return wanted
+
+
 def held_out(recipe: Recipe) -> Iterator[tuple[Task, Rows]]:
     """Dev and test rows of every task and language: what must not be trained on."""
     for task in recipe.evaluate.tasks:

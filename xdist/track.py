@@ -75,11 +75,16 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
 def log_corpora(recipe: Recipe, pairs: dict[str, int], digests: dict[str, str]) -> None:
     """The corpora as MLflow data sets: name, digest, pairs that were kept. The data itself is not loaded."""
     import mlflow
+    from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
 
     for corpus in [corpus for corpus in recipe.data.corpora if corpus.name in digests]:
-        source: Any = resolve_dataset_source(recipe.located(corpus.path).replace("{lang}", "*"))
+        location = recipe.located(corpus.path).replace("{lang}", "*")
+        try:
+            source: Any = resolve_dataset_source(location)
+        except mlflow.MlflowException:  # hf:// and some stores are no schemes that MLflow knows
+            source = CodeDatasetSource({"location": location})
         entry: Any = MetaDataset  # its signature leaves `profile` abstract
         mlflow.log_input(entry(source, name=corpus.name, digest=digests[corpus.name]), context="training")
     mlflow.log_metrics({f"data/{name}/pairs": count for name, count in pairs.items()})

@@ -5,6 +5,8 @@ order of batches is a pure function of (seed, epoch, step): a run killed at any 
 next, and ends in the same model.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -132,36 +134,33 @@ def _train_here(config: dict[str, Any]) -> None:
     judge = selection.Judge(recipe) if rank == 0 else None
     meter = Meter(config["board"], track.Metrics(config["tracking_uri"], config["run_id"]) if rank == 0 else None, world)
 
-    for position, micro_batches in order.batches(start, rank, world):
-        learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
-        last = position.step == total
-        torch.manual_seed(recipe.run.seed + position.step)  # dropout, if there is any, is a function of the step as well
-        watched = last or position.step % recipe.train.log_every == 0
-        measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched)
-        meter.add(micro_batches)
-        if watched:
-            refuse_collapse(measured, position.step, recipe.train)
-            meter.log(position.step, measured, recipe.train.lr * learning_rate)
-        if last or position.step % recipe.train.evaluate_every == 0 or position.step % recipe.train.checkpoint_every == 0:
-            score = WORST
-            if judge and (last or position.step % recipe.train.evaluate_every == 0):
-                scores = judge.scores(student)
-                score = float(np.mean(list(scores.values()))) if scores else float(position.step)
-                best = max(best, score)
-                meter.evaluated(position.step, scores, score)
-            _report(ray.train, rank, student, optimizer, position, score, best)
-            meter.pause()
-        if last:
-            break
-    meter.close()
+    remaining = itertools.islice(order.batches(start, rank, world), total - start.step)  # none where only the export is left
+    with contextlib.closing(meter):
+        for position, micro_batches in remaining:
+            learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
+            last = position.step == total
+            torch.manual_seed(recipe.run.seed + position.step)  # dropout, if there is any, is a function of the step as well
+            watched = last or position.step % recipe.train.log_every == 0
+            measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched)
+            meter.add(micro_batches)
+            if watched:
+                meter.log(position.step, measured, recipe.train.lr * learning_rate)
+                refuse_collapse(measured, position.step, recipe.train)
+            if last or position.step % recipe.train.evaluate_every == 0 or position.step % recipe.train.checkpoint_every == 0:
+                score = WORST
+                if judge and (last or position.step % recipe.train.evaluate_every == 0):
+                    scores = judge.scores(student)
+                    score = float(np.mean(list(scores.values()))) if scores else float(position.step)
+                    best = max(best, score)
+                    meter.evaluated(position.step, scores, score)
+                _report(ray.train, rank, student, optimizer, position, score, best)
+                meter.pause()
 
 
 def step(
     model: Any, student: Any, optimizer: Any, micro_batches: list[shards.Batch], settings: Train, rate: float, world: int, measure: bool
 ) -> dict[str, float]:
     """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step."""
-    import contextlib
-
     import torch
 
     from xdist import collapse, loss
