@@ -150,8 +150,8 @@ def test_killed_between_the_last_step_and_the_export(finished: tuple[Recipe, str
 
 
 def test_a_mistake_in_a_task_is_refused_before_work(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe()
-    recipe.evaluate.tasks[0].label = "labell"
+    task = {"name": "topic", "kind": "classification", "train": "train.tsv", "test": "test.tsv", "text": "{lang}", "label": "labell"}
+    recipe = make_recipe(evaluate={"tasks": [task]})
     with pytest.raises(Refused, match="labell"):
         pipeline.distill(recipe)
     assert not Path(recipe.folder, "corpus").exists()
