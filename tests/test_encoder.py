@@ -96,6 +96,18 @@ def test_a_prompt_is_put_before_the_text(teacher: str) -> None:
     assert cosines(found, encoder.load(teacher, "float32").encode(["has pain", ""])).max() < 0.999
 
 
+def test_a_checkpoints_default_prompt_is_put_before_the_text(teacher: str, tmp_path: Path) -> None:
+    prompted = model(teacher)
+    prompted.prompts, prompted.default_prompt_name = {"query": "the knee ", "other": "fever "}, "query"
+    prompted.save(str(tmp_path), create_model_card=False)
+    texts = ["has pain", "hurts"]
+    found = encoder.load(str(tmp_path), "float32").encode(texts)
+    assert cosines(found, model(str(tmp_path)).encode(texts)).min() > 0.99999
+    assert cosines(found, encoder.load(teacher, "float32").encode(texts)).max() < 0.999
+    own = encoder.load(str(tmp_path), "float32", prompt="fever ").encode(texts)
+    assert cosines(own, model(teacher).encode(texts, prompt="fever ")).min() > 0.99999
+
+
 @pytest.fixture
 def save(tmp_path: Path, teacher: str) -> Callable[..., str]:
     """Save a sentence-transformers folder of the tiny body and the modules given."""

@@ -126,6 +126,20 @@ def test_upload_changes_a_folder_over(tmp_path: Path, folder: str) -> None:
         assert os.listdir(folder.removeprefix("file://")) == ["student"]
 
 
+def test_an_upload_copies_the_marker_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On remote storage, a folder whose upload was cut off has no marker yet."""
+    source = folder_of(tmp_path / "student", a="1", modules="2", z="3")
+    (source / "inner").mkdir()
+    (source / "inner" / "modules").write_text("4")
+    monkeypatch.setattr(files, "is_local", lambda _: False)
+    copied, copy = [], files.pafs.copy_files
+    monkeypatch.setattr(files.pafs, "copy_files", lambda *args: (copied.append(os.path.relpath(args[0], source)), copy(*args)))
+    files.upload(str(source), str(tmp_path / "there"), last="modules")
+    assert sorted(copied) == ["a", "inner/modules", "modules", "z"]
+    assert copied[-1] == "modules"
+    assert (tmp_path / "there" / "inner" / "modules").read_text() == "4"
+
+
 def test_an_upload_to_a_full_disk_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

@@ -2,7 +2,7 @@
 
 weights.safetensors     the student's parameters, float32
 optimizer.safetensors   AdamW's two moments and step of each parameter
-state.json              version, position, learning-rate schedule length, best score so far
+state.json              version, position, best score so far
 """
 
 import json

@@ -1,8 +1,8 @@
 """Ray: connecting, sharing out resources, and running units of work over Ray Data.
 
 Every data stage is the same shape: a list of small descriptions of work (a file, a shard) goes in, Ray Data streams them
-through tasks or actors that read and write storage themselves, and small summaries come out. Text and vectors never
-travel through the driver.
+through tasks or actors that read and write storage themselves, and small summaries come out. Text and vectors do not
+travel through it.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Readers of lines with fields: TSV, where quotes are data, and CSV with RFC 4180 quoting. Plain or compressed.
 
 TSV is the hot path of prepare: a block of clean lines is parsed by Arrow in one go, and only a block that holds anything
-odd (a wrong field count, NUL, invalid UTF-8, a bare carriage return) is read line by line. Both give the same rows.
+odd (a wrong field count, NUL, invalid UTF-8, a bare carriage return) is read line by line. Both give the same rows
+(but line by line, invalid UTF-8 in a column that nobody reads is noticed as well).
 """
 
 import collections

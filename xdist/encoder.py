@@ -128,10 +128,12 @@ def _prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def load(folder: str, precision: str = "auto", attention: str = "auto", trust_remote_code: bool = False, prompt: str = "") -> Encoder:
-    """An encoder from a local folder (see `located`), on the GPU where there is one."""
+    """An encoder from a local folder (see `located`), on the GPU where there is one; without a prompt, the checkpoint's own
+    default prompt stands before each text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = sentence_transformer(folder, chosen_attention(attention, device), trust_remote_code)
-    return Encoder(model, device, chosen_dtype(precision, device), prompt)
+    default = model.prompts.get(model.default_prompt_name or "") or ""
+    return Encoder(model, device, chosen_dtype(precision, device), prompt or default)
 
 
 def sentence_transformer(folder: str, attention: str, trust_remote_code: bool = False) -> "SentenceTransformer":
@@ -248,7 +250,7 @@ def fingerprint(settings: Teacher, folder: str, dimension: int) -> Fingerprint:
     weights, shaping = [], [Path(folder, "modules.json")]
     for module in _modules(folder):
         weights += list(module.glob(WEIGHTS)) or list(module.glob(PICKLES))
-        shaping += [path for pattern in ("config.json", "sentence_*config.json", *TOKENS) for path in module.glob(pattern)]
+        shaping += [path for pattern in ("config.json", "*sentence_*.json", *TOKENS) for path in module.glob(pattern)]
     return Fingerprint(
         model=settings.model,
         weights=_digest(folder, weights),

@@ -171,11 +171,15 @@ def remove(uri: str) -> None:
         fs.delete_file(path)
 
 
-def upload(folder: str, uri: str) -> None:
-    """Copy a local folder's files to a folder of the storage; a local target changes over in one rename."""
+def upload(folder: str, uri: str, last: str = "") -> None:
+    """Copy a local folder's files to a folder of the storage; a local target changes over in one rename. Elsewhere the file
+    named `last` is copied when all others are there, so that its existence says that the folder is whole."""
     fs, path = resolve(uri)
     if not is_local(uri):
-        pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+        found = [os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names]
+        for name in sorted(found, key=lambda name: (name == last, name)):
+            fs.create_dir(os.path.dirname(f"{path}/{name}"))
+            pafs.copy_files(os.path.join(folder, name), f"{path}/{name}", pafs.LocalFileSystem(), fs)
         return
     token = secrets.token_hex(4)
     temporary, old = f"{path}.tmp-{token}", f"{path}.old-{token}"

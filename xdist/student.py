@@ -59,7 +59,7 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
             torch.manual_seed(recipe.run.seed)
             modules.append(Dense(out, dimension, bias=False, activation_function=nn.Identity()))
         SentenceTransformer(modules=[transformer, *modules, Normalize()], device="cpu").save(whole, create_model_card=False)
-        files.upload(whole, uri)
+        files.upload(whole, uri, last="modules.json")
     return uri
 
 

@@ -65,10 +65,10 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
         raise Refused(f"track.uri: MLflow cannot be reached at {uri}: {type(error).__name__}: {error}") from None
     with active:
         if not run_id:
-            files.write_json(marker, {"run_id": active.info.run_id, "uri": uri})
             mlflow.set_tags({"xdist.job": job})
             flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
             mlflow.log_params(flat)
+            files.write_json(marker, {"run_id": active.info.run_id, "uri": uri})
         yield active.info.run_id
 
 

@@ -287,5 +287,5 @@ def export(recipe: Recipe, checkpoint_folder: str) -> str:
         checkpoint.load_weights(files.download(checkpoint_folder, os.path.join(scratch, "checkpoint")), student)
         whole = os.path.join(scratch, "whole")
         student.model.save(whole, create_model_card=False)
-        files.upload(whole, uri)
+        files.upload(whole, uri, last="modules.json")
     return uri
