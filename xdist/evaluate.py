@@ -125,8 +125,7 @@ def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> 
     Few-shot: heads fitted on a model's own vectors of a few labelled rows of the language, mean over five samples."""
     source = recipe.data.source_language
     rows = tasks.read(recipe, task, "train", source)
-    originals = _stack(rows["text"], vectors["teacher"])
-    head = metrics.fit_head(originals, rows["label"], metrics.chosen_regularisation(originals, rows["label"]))
+    head = metrics.fit_chosen_head(_stack(rows["text"], vectors["teacher"]), rows["label"])
     for lang in recipe.task_languages(task):
         test = tasks.read(recipe, task, "test", lang)
         for model, known in vectors.items():

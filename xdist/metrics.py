@@ -95,6 +95,11 @@ def chosen_regularisation(vectors: np.ndarray, labels: list[str]) -> float:
     return float(search.best_params_["C"])
 
 
+def fit_chosen_head(vectors: np.ndarray, labels: list[str]) -> Head:
+    """`fit_head` with the regularisation that these rows choose: for heads that many rows are there to fit."""
+    return fit_head(vectors, labels, chosen_regularisation(vectors, labels))
+
+
 def fit_head(vectors: np.ndarray, labels: list[str], c: float = REGULARISATION) -> Head:
     """Multinomial logistic regression (scikit-learn, L2); where there is one class alone, a head that always says it."""
     from sklearn.linear_model import LogisticRegression

@@ -203,12 +203,12 @@ def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
         size = 150 if row["language"] == recipe.data.source_language else 50
         axis.scatter(row["x"], row["y"], marker=signs[row["language"]], color=colour, s=size, alpha=0.85)
     heights = [row["y"] for row in rows]
-    lowest, apart = -np.inf, 0.045 * (max(heights) - min(heights))
+    height, apart = -np.inf, 0.045 * (max(heights) - min(heights))
     for row in sorted((row for row in rows if row["language"] == recipe.data.source_language), key=lambda row: row["y"]):
-        lowest = max(row["y"] + apart / 2, lowest + apart)  # of labels side by side, one moves up
+        height = max(row["y"] + apart / 2, height + apart)  # of labels side by side, one moves up
         short = row["text"] if len(row["text"]) < 60 else row["text"][:57] + "…"
         axis.annotate(
-            short, (row["x"], lowest), xytext=(7, 0), textcoords="offset points", fontsize=8, color=PALETTE[row["group"] % len(PALETTE)]
+            short, (row["x"], height), xytext=(7, 0), textcoords="offset points", fontsize=8, color=PALETTE[row["group"] % len(PALETTE)]
         )
     for lang, sign in signs.items():
         axis.scatter([], [], marker=sign, color="#444", label=lang)

@@ -26,8 +26,7 @@ def prepare(recipe: Recipe, teacher: "Encoder") -> None:
         uri = f"{recipe.folder}/selection/{task.name}.npz"
         if task.kind == "classification" and task.dev and not files.exists(uri):
             rows = tasks.read(recipe, task, "train", recipe.data.source_language)
-            vectors = teacher.encode(rows["text"], max_length=recipe.teacher.max_length)
-            head = metrics.fit_head(vectors, rows["label"], metrics.chosen_regularisation(vectors, rows["label"]))
+            head = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=recipe.teacher.max_length), rows["label"])
             buffer = io.BytesIO()
             np.savez(buffer, weights=head.weights, bias=head.bias, classes=np.frombuffer(json.dumps(head.classes).encode(), np.uint8))
             files.write(uri, buffer.getvalue())
