@@ -149,3 +149,23 @@ def test_padded_gives_texts_without_tokens_one_place() -> None:
     ids, mask = batching.padded([np.array([], np.int64)], pad=9)
     assert ids.tolist() == [[9]]
     assert mask.tolist() == [[0]]
+
+
+def test_rounded_by_hand() -> None:
+    assert [batching.rounded(size) for size in (1, 16, 17, 32, 33, 64, 65, 293, 512)] == [1, 16, 18, 32, 36, 64, 72, 320, 512]
+
+
+@given(st.integers(1, 100_000))
+def test_rounded_adds_an_eighth_at_most_and_changes_nothing_twice(size: int) -> None:
+    assert size <= batching.rounded(size) <= size * 9 / 8
+    assert batching.rounded(batching.rounded(size)) == batching.rounded(size)
+
+
+def test_padded_to_a_round_number_fills_up_with_rows_of_one_padding_token() -> None:
+    rows = [np.arange(1, 18)] * 17
+    ids, mask = batching.padded(rows, pad=0, longest=128)
+    assert ids.shape == mask.shape == (18, 18)
+    assert ids[:17, :17].tolist() == [row.tolist() for row in rows]
+    assert not ids[17].any()
+    assert mask.sum(axis=1).tolist() == [17] * 17 + [1]
+    assert batching.padded(rows, pad=0, longest=17)[0].shape == (18, 17)  # no longer than any row can be

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from xdist import encoder
+from xdist import batching, encoder
 from xdist.config import Teacher
 from xdist.errors import Refused
 
@@ -294,3 +294,19 @@ def test_the_fingerprint_changes_with_whatever_changes_a_vector(tmp_path: Path, 
     found.append(digest())
     assert len(set(found)) == len(found)
     assert digest() == found[-1]
+
+
+def test_rows_that_make_a_round_number_change_no_gradient(tmp_path: Path) -> None:
+    found = encoder.load(str(tiny_checkpoint(tmp_path)), "float32")
+    rows = [np.array(row) for row in found.tokenize([f"the patient has pain in {'knee ' * count}" for count in range(17)])]
+    shapes, gradients = [], []
+    for longest in (None, 64):
+        ids, mask = batching.padded(rows, 0, longest)
+        shapes.append(ids.shape)
+        vectors = found(torch.from_numpy(ids), torch.from_numpy(mask))[: len(rows)]
+        found.zero_grad()
+        (vectors * torch.arange(vectors.shape[1])).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in found.parameters() if parameter.grad is not None])
+    assert shapes == [(17, 23), (18, 24)]
+    for plain, filled in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, filled, rtol=1e-4, atol=1e-4)

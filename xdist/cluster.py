@@ -21,6 +21,15 @@ from xdist.progress import Progress
 
 Item = dict[str, Any]
 
+WORKERS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # kernels compiled for one shape of batch are still there when it comes again
+    # Activations on huge pages that stay with the process: otherwise a step has the kernel clear its memory anew.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
+    "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=17179869184",
+}
+
 
 @contextlib.contextmanager
 def connected(settings: Cluster) -> Iterator[None]:
@@ -58,7 +67,7 @@ def connected(settings: Cluster) -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """Variables that workers need: quiet libraries, and hub settings of the driver."""
     passed = {name: value for name, value in os.environ.items() if name in ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE")}
-    return passed | {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    return passed | WORKERS
 
 
 def _quiet(verbose: bool) -> None:

@@ -32,13 +32,15 @@ MOST_HELD_OUT = 0.05  # of a shard
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the training shards hold. `tokens[shard][corpus][language]` and `sequences` alike count tokens and texts."""
+    """What the training shards hold. `tokens[shard][corpus][language]` and `sequences` alike count tokens and texts; `longest`
+    is the longest sequence, in tokens."""
 
     languages: list[str]
     corpora: list[str]
     tokens: list[dict[str, dict[str, int]]]
     sequences: list[dict[str, dict[str, int]]]
     pad: int
+    longest: int
 
     def totals(self, counts: list[dict[str, dict[str, int]]]) -> dict[str, int]:
         """Sum over shards and corpora, by language."""
@@ -63,6 +65,7 @@ def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: s
         tokens=[result["tokens"] for result in results],
         sequences=[result["sequences"] for result in results],
         pad=results[0]["pad"],
+        longest=max(result["longest"] for result in results),
     )
     files.write_json(marker, asdict(manifest))
     return manifest
@@ -133,7 +136,7 @@ def _indices(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
 def _counts(tensors: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
     lengths = np.diff(tensors["offsets"])
     languages, corpora = [data.source_language, *data.languages], [corpus.name for corpus in data.corpora]
-    out: dict[str, Any] = {"tokens": {}, "sequences": {}}
+    out: dict[str, Any] = {"tokens": {}, "sequences": {}, "longest": int(lengths.max(initial=0))}
     for number, corpus in enumerate(corpora):
         for place, lang in enumerate(languages):
             here = (tensors["corpus"] == number) & (tensors["language"] == place)
@@ -161,7 +164,8 @@ def _pad_token(student: str) -> str:
 
 
 class Batch(NamedTuple):
-    """One micro-batch: token ids and mask (n, longest) int64, the teacher's vectors (n, dimension) float32."""
+    """One micro-batch: token ids and mask (n or a little more, longest) int64, the teacher's vectors (n, dimension) float32.
+    Rows after the nth are there to make a round number (see `batching.padded`)."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -242,7 +246,9 @@ class Order:
 
     def _batch(self, tensors: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
         offsets = tensors["offsets"]
-        ids, mask = batching.padded([tensors["ids"][offsets[row] : offsets[row + 1]] for row in rows], self.manifest.pad)
+        ids, mask = batching.padded(
+            [tensors["ids"][offsets[row] : offsets[row + 1]] for row in rows], self.manifest.pad, self.manifest.longest
+        )
         vectors = tensors["vectors"][tensors["group"][rows]].astype(np.float32)
         return Batch(ids, mask, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))  # float16 is not quite unit length
 

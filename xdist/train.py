@@ -171,7 +171,7 @@ def step(
         ids, mask, t = (torch.from_numpy(array).to(student.device) for array in batch)
         waiting = world > 1 and number + 1 < len(micro_batches)
         with model.no_sync() if waiting else contextlib.nullcontext():
-            s = model(ids, mask)
+            s = model(ids, mask)[: len(t)]
             value, terms = loss.total(s, t, settings.loss, settings.loss_temperature, settings.matryoshka)
             (value / len(micro_batches)).backward()
         if measure:
@@ -245,8 +245,8 @@ class Meter:
 
     def add(self, micro_batches: list[shards.Batch]) -> None:
         """Count one step's texts and tokens."""
-        self.sequences += sum(len(batch.ids) for batch in micro_batches)
-        self.tokens += sum(int(batch.mask.sum()) for batch in micro_batches)
+        self.sequences += sum(len(batch.vectors) for batch in micro_batches)
+        self.tokens += sum(int(batch.mask[: len(batch.vectors)].sum()) for batch in micro_batches)
         self.steps += 1
 
     def log(self, step_: int, measured: dict[str, float], learning_rate: float) -> None:
