@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xdist import corpus, files, formats, groups, text
-from xdist.config import Recipe
+from xdist import corpus, files, filters, formats, groups, text
+from xdist.config import Data, Recipe
 from xdist.corpus import Prepared
 from xdist.errors import Refused
 
@@ -23,8 +24,13 @@ Make = Callable[..., Recipe]
 
 
 class Quiet:
-    def count(self, key: str, value: int) -> None:
-        pass
+    """What a RemoteBoard takes."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, float]] = []
+
+    def count(self, key: str, value: int, share: float = 0.0) -> None:
+        self.counts.append((value, share))
 
 
 @pytest.fixture
@@ -476,7 +482,7 @@ import numpy as np
 folder, path = sys.argv[1:]
 filters.write_keys(folder, filters.Keys(np.arange(9, dtype=np.uint64), {}))
 data = Data(languages=["es"], corpora=[{"name": "c", "path": path}]).model_dump(mode="json")
-unit = {"corpus": "c", "path": path, "target_path": None, "format": "tsv", "languages": ["es"], "key": "0"}
+unit = {"corpus": "c", "path": path, "target_path": None, "format": "tsv", "languages": ["es"], "key": "0", "size": 1, "share": 1}
 corpus.PART_ROWS = 20_000
 board = type("Board", (), {"count": lambda *_: None})()
 print(corpus._prepare_file(unit, board, folder=folder, settings=data, shards=8)["rows"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -497,3 +503,25 @@ print(corpus._prepare_file(unit, board, folder=folder, settings=data, shards=8)[
         return int(found[1])
 
     assert peak(600_000) < 1.1 * peak(60_000)
+
+
+def test_a_file_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pairs.tsv.gz"
+    with gzip.open(path, "wt") as stream:
+        stream.write("source\ttarget\n")
+        stream.writelines(f"number {row} {row * 7919 % 1000003}\tnúmero {row} {row * 104729 % 999983}\n" for row in range(200_000))
+    monkeypatch.setattr(corpus, "PART_ROWS", 20_000)
+    filters.write_keys(str(tmp_path / "run"), filters.Keys(np.empty(0, np.uint64), {}))
+    data = Data(languages=["es"], corpora=[{"name": "c", "path": str(path)}])  # type: ignore[list-item]
+    unit = {"corpus": "c", "path": str(path), "target_path": None, "format": "tsv", "languages": ["es"], "key": "0"}
+    other = unit | {"path": "hf://owner/name"}  # a hub does not say how large it is
+    mine, _ = corpus._with_shares([unit, other])
+    assert mine["share"] == 1
+    board = Quiet()
+    corpus._prepare_file(mine | {"share": 0.5}, board, str(tmp_path / "run"), data.model_dump(mode="json"), 2)  # type: ignore[arg-type]
+    rows, shares = zip(*board.counts, strict=True)
+    assert list(shares) == sorted(shares)
+    assert rows[-1] == 200_000
+    assert shares[-1] == 0.5
+    half = min(range(len(rows)), key=lambda place: abs(rows[place] - 100_000))
+    assert shares[half] == pytest.approx(0.25, abs=0.1)

@@ -1,6 +1,7 @@
 """The whole way with a tiny teacher: real Ray, a real MLflow store, real kills."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -83,7 +84,7 @@ def test_mlflow_holds_the_run(finished: tuple[Recipe, str]) -> None:
     assert "eval/topic/de/zero_shot_accuracy/teacher" in run.data.metrics
     curve = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in curve] == [2, 4, 6, 8, 10, 12]
-    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["toy"]
+    assert [(entry.dataset.name, json.loads(entry.dataset.profile)) for entry in run.inputs.dataset_inputs] == [("toy", {"num_rows": 800})]
     names = {entry.path for entry in client.list_artifacts(run.info.run_id)}
     assert {"report.html", "plots", "recipe.yaml"} <= names
 
@@ -98,7 +99,7 @@ def test_mlflow_holds_the_run(finished: tuple[Recipe, str]) -> None:
 
 
 def test_plan_stops_before_work(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = make_recipe()
+    recipe = make_recipe(data={"source_weight": 0.5})
     pipeline.distill(recipe, plan=True)
     out = capsys.readouterr().out
     assert "unique sentences              400" in out
@@ -108,6 +109,8 @@ def test_plan_stops_before_work(make_recipe: MakeRecipe, ray_cluster: None, caps
     assert plan["pairs"] == 800
     assert plan["training_steps"] == 12
     assert plan["embed_seconds"] > 0
+    assert plan["seen"] == {"en": 200, "es": 400, "de": 400}
+    assert "texts: es 40%, de 40%, en 20%" in out
 
 
 def test_more_text_embeds_only_what_is_new(make_recipe: MakeRecipe, ray_cluster: None) -> None:

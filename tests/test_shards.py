@@ -25,7 +25,7 @@ Groups = list[tuple[str, list[tuple[str, str, str]]]]  # source, [(language, tex
 
 
 class Board:
-    def count(self, key: str, value: int) -> None:
+    def count(self, key: str, value: int, share: float = 0.0) -> None:
         """What a RemoteBoard takes."""
 
 
@@ -302,6 +302,17 @@ def test_weights_multiply_corpus_and_language(folder: Path) -> None:
     manifest = order(folder).manifest
     data = Data(languages=["es"], source_weight=0.5, corpora=[{"name": "toy", "path": "x.tsv", "weight": 3.0}])  # type: ignore[list-item]
     assert shards.Order(str(folder), data, Train(), 0, manifest).weights.tolist() == [[1.5, 3.0]]
+
+
+def test_sampling_weights_by_hand() -> None:
+    corpora = [{"name": "a", "path": "x", "weight": 2.0}, {"name": "b", "path": "x"}]
+    data = Data(languages=["es", "de"], temperature=2.0, source_weight=0.3, corpora=corpora)  # type: ignore[arg-type]
+    weights = shards.sampling_weights(data, {"a": {"en": 110, "es": 100, "de": 10}, "b": {"en": 100, "es": 100}})
+    # By weight alone es is seen 300 times and de 20 times; their shares of these 320 are to be as √300 : √20.
+    es = 320 * np.sqrt(300) / (np.sqrt(300) + np.sqrt(20)) / 300
+    de = 320 * np.sqrt(20) / (np.sqrt(300) + np.sqrt(20)) / 20
+    assert weights["a"] == pytest.approx({"en": 0.6, "es": 2 * es, "de": 2 * de})
+    assert weights["b"] == pytest.approx({"en": 0.3, "es": es})
 
 
 def test_a_window_without_text_is_passed_over(tmp_path: Path) -> None:

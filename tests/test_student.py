@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from xdist import encoder, files, shards, student
 from xdist.config import Recipe
 from xdist.errors import Refused
+from xdist.text import text_hashes
 
 TEXTS = [row[lang] for row in sentences(30) for lang in ("en", "es", "de")] + ["", "fever fever"]
 
@@ -31,6 +32,7 @@ def build(make_recipe: Callable[..., Recipe], teacher: str) -> Callable[..., tup
         rows = sentences(300)
         table = pa.table(
             {
+                "hash": text_hashes([row["en"] for row in rows]),
                 "source": [row["en"] for row in rows],
                 "languages": [["es", "de"]] * 300,
                 "texts": [[row["es"], row["de"]] for row in rows],
@@ -76,7 +78,19 @@ def test_trim_changes_no_vector_and_makes_the_table_smaller(build: Callable[...,
     one, two = (SentenceTransformer(name, device="cpu") for name in (found, folder))
     np.testing.assert_allclose(two.encode(text), one.encode(text), atol=1e-6)
     assert two[0].auto_model.config.vocab_size == two[0].auto_model.get_input_embeddings().num_embeddings == len(two.tokenizer)
-    assert len(two.tokenizer) <= len(one.tokenizer)
+    assert len(two.tokenizer) < len(one.tokenizer)
+
+
+def test_a_sample_of_the_corpus_gives_the_vocabulary_as_well(build: Callable[..., Any]) -> None:
+    share = 0.02  # of 300 sentences
+    folder, _ = build(student={"vocabulary": "trim"}, data={"sample": share}, run={"name": "sample"})
+    rows = sentences(300)
+    chosen = [row for row in rows if int(text_hashes([row["en"]])[0]) < share * 2**64]
+    assert 0 < len(chosen) < 20
+    words = {word for row in chosen for lang in ("en", "es", "de") for word in row[lang].split()}
+    kept = SentenceTransformer(folder, device="cpu").tokenizer.get_vocab()
+    assert {"heart", "lung", "knee", "fever"} - words, "the sample has every word"
+    assert {"heart", "lung", "knee", "fever"} & set(kept) == {"heart", "lung", "knee", "fever"} & words
 
 
 def test_extend_keeps_the_english_vectors(build: Callable[..., Any], teacher: str) -> None:

@@ -118,25 +118,25 @@ class Board:
     """An actor that work reports to while it runs; the driver reads it for progress."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, tuple[int, float]] = {}
         self.lines: list[dict[str, Any]] = []
 
-    def count(self, key: str, value: int) -> None:
-        """Set how much one unit of work has done so far."""
-        self.counts[key] = value
+    def count(self, key: str, value: int, share: float) -> None:
+        """Set how much one unit of work has done so far, and what share of the whole stage that is."""
+        self.counts[key] = value, share
 
     def post(self, line: dict[str, Any]) -> None:
         """Add a line for the driver."""
         self.lines.append(line)
 
-    def read(self) -> tuple[int, list[dict[str, Any]]]:
-        """The sum of all counts, and the lines since the last call."""
+    def read(self) -> tuple[int, float, list[dict[str, Any]]]:
+        """The sums of all counts and shares, and the lines since the last call."""
         lines, self.lines = self.lines, []
-        return sum(self.counts.values()), lines
+        return sum(value for value, _ in self.counts.values()), sum(share for _, share in self.counts.values()), lines
 
 
 @contextlib.contextmanager
-def watched(handle: Callable[[int, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
+def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
     """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
@@ -166,14 +166,15 @@ def stream(
     """Run `work(item, board, **arguments) -> dict` for each item over Ray Data, yielding results as they come.
 
     With `actors` > 0, `work` is a class built once per actor with `arguments` and called with (item, board).
-    `board.count(key, n)` from within drives `progress`. A task that fails because its process or node died is run again.
+    `board.count(key, n)`, with a share of the whole where nobody knows the total, from within drives `progress`. A task that
+    fails because its process or node died is run again.
     """
     import ray
 
     if not items:
         return
     data: Any = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
-    with watched(lambda done, _: progress.update(done)) as board:
+    with watched(lambda done, share, _: progress.update(done, share)) as board:
         if actors:
             mapped = data.map_batches(
                 _Actor,
@@ -225,9 +226,9 @@ class RemoteBoard:
     def __init__(self, handle: Any):
         self.handle = handle
 
-    def count(self, key: str, value: int) -> None:
-        """Set how much this unit of work has done so far."""
-        self.handle.count.remote(key, value)
+    def count(self, key: str, value: int, share: float = 0.0) -> None:
+        """Set how much this unit of work has done so far, and what share of the whole stage that is."""
+        self.handle.count.remote(key, value, share)
 
     def post(self, line: dict[str, Any]) -> None:
         """Add a line for the driver."""

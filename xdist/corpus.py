@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from xdist import cluster, files, filters, formats, groups, text
+from xdist import cluster, files, filters, formats, groups, streams, text
 from xdist.chunks import Chunk
 from xdist.config import Corpus, Data, Recipe
 from xdist.errors import Refused
@@ -38,7 +38,7 @@ Unit = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare found: totals for the plan and the report. `rows` counts pairs."""
+    """What prepare found: totals for the plan and the report. `languages`, `corpora` and `by_corpus` (and language) count pairs."""
 
     shards: int
     rows_read: int
@@ -47,6 +47,7 @@ class Prepared:
     per_shard: list[int]
     languages: Counts
     corpora: Counts
+    by_corpus: dict[str, Counts]
     digests: dict[str, str]
     rejected: Counts
     rejected_by_corpus: dict[str, Counts]
@@ -65,14 +66,15 @@ def prepare(recipe: Recipe) -> Prepared:
     shards = recipe.data.shards or _shard_count(units)
     _begin(recipe, units, shards)
     settings = recipe.data.model_dump(mode="json")
-    waiting = [unit for unit in units if not files.exists(f"{folder}/parts/{unit['key']}.json")]
+    waiting = _with_shares([unit for unit in units if not files.exists(f"{folder}/parts/{unit['key']}.json")])
     with Progress("read", "rows") as progress:
         for _ in cluster.stream(waiting, _prepare_file, progress, folder=folder, settings=settings, shards=shards):
             pass
     read = [files.read_json(f"{folder}/parts/{unit['key']}.json") for unit in units]
     parts = [part for summary in read for part in summary["parts"]]
     grouped: list[Any] = []
-    with Progress("group", "sentences") as progress:
+    kept = sum(summary["rows"] - sum(summary["rejected"].values()) for summary in read)
+    with Progress("group", "pairs", kept) as progress:
         for result in cluster.stream(groups.items(shards), groups.group, progress, folder=folder, parts=parts) if parts else ():
             grouped += result["shards"]
     prepared = _summary(recipe, shards, read, sorted(grouped, key=lambda result: result["shard"]))
@@ -87,7 +89,7 @@ def _begin(recipe: Recipe, units: list[Unit], shards: int) -> None:
     if recipe.data.detect_language:
         filters.detector(recipe.data)
     keys = filters.evaluation_keys(recipe)
-    sizes = [0 if unit["path"].startswith("hf://") else files.size(unit["path"]) for unit in units]
+    sizes = [_size(unit) for unit in units]
     content = json.dumps([units, sizes, shards, keys.ids]).encode() + keys.texts.tobytes()
     inputs, marker = {"digest": xxhash.xxh3_64_hexdigest(content)}, f"{recipe.folder}/parts/inputs.json"
     if files.exists(marker) and files.read_json(marker) == inputs:
@@ -100,6 +102,18 @@ def _begin(recipe: Recipe, units: list[Unit], shards: int) -> None:
     files.write_json(marker, inputs)
 
 
+def _size(unit: Unit) -> int:
+    """Bytes of a unit's files, as stored; 0 where a hub does not say."""
+    paths = [path for path in (unit["path"], unit["target_path"]) if path and not path.startswith("hf://")]
+    return sum(files.size(path) for path in paths)
+
+
+def _with_shares(units: list[Unit]) -> list[Unit]:
+    """Each unit with its bytes, and the share of all that these are, for the time that is left."""
+    sizes = [_size(unit) for unit in units]
+    return [unit | {"size": size, "share": size / max(1, sum(sizes))} for unit, size in zip(units, sizes, strict=True)]
+
+
 def _check(recipe: Recipe, prepared: Prepared) -> None:
     if not prepared.pairs:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in prepared.rejected.items()) or "no rows at all"
@@ -110,12 +124,15 @@ def _check(recipe: Recipe, prepared: Prepared) -> None:
 
 
 def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -> Prepared:
-    by_corpus: dict[str, collections.Counter[str]] = {corpus.name: collections.Counter() for corpus in recipe.data.corpora}
+    rejected: dict[str, collections.Counter[str]] = {corpus.name: collections.Counter() for corpus in recipe.data.corpora}
     for summary in read:
-        by_corpus[summary["corpus"]].update(summary["rejected"])
+        rejected[summary["corpus"]].update(summary["rejected"])
+    by_corpus: dict[str, collections.Counter[str]] = {}
     for result in grouped:
         for name, count in result["duplicates"].items():
-            by_corpus[name]["duplicate"] += count
+            rejected[name]["duplicate"] += count
+        for name, counts in result["by_corpus"].items():
+            by_corpus.setdefault(name, collections.Counter()).update(counts)
 
     def total(key: str) -> collections.Counter[str]:
         return sum((collections.Counter(result[key]) for result in grouped), collections.Counter())
@@ -127,10 +144,11 @@ def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -
         sentences=sum(result["sentences"] for result in grouped),
         per_shard=[result["sentences"] for result in grouped],
         languages=dict(total("languages").most_common()),
-        corpora=dict(total("corpora").most_common()),
+        corpora=dict(collections.Counter({name: counts.total() for name, counts in by_corpus.items()}).most_common()),
+        by_corpus={name: dict(counts) for name, counts in by_corpus.items()},
         digests={name: f"{number % 2**64:016x}" for name, number in total("digests").items()},
-        rejected=dict(sum(by_corpus.values(), collections.Counter()).most_common()),
-        rejected_by_corpus={name: dict(counts.most_common()) for name, counts in by_corpus.items()},
+        rejected=dict(sum(rejected.values(), collections.Counter()).most_common()),
+        rejected_by_corpus={name: dict(counts.most_common()) for name, counts in rejected.items()},
         source_characters=sum(result["source_characters"] for result in grouped),
         target_characters=sum(result["target_characters"] for result in grouped),
     )
@@ -196,7 +214,7 @@ def _prepare_file(unit: Unit, board: cluster.RemoteBoard, folder: str, settings:
     data = Data(**settings)
     corpus = next(corpus for corpus in data.corpora if corpus.name == unit["corpus"])
     rejected: collections.Counter[str] = collections.Counter()
-    rows, parts = 0, []
+    rows, parts, start = 0, [], streams.taken()
     for number, (good, bad) in enumerate(_batched(_file_tables(unit, corpus, data, filters.read_keys(folder)))):
         name = f"{unit['key']}-{number:05d}"
         if len(good):
@@ -206,7 +224,8 @@ def _prepare_file(unit: Unit, board: cluster.RemoteBoard, folder: str, settings:
         for entry in bad["reason"].value_counts().to_pylist():
             rejected[entry["values"].split(":")[0]] += entry["counts"]
         rows += len(good) + len(bad)
-        board.count(unit["key"], rows)
+        board.count(unit["key"], rows, unit["share"] * min(1, (streams.taken() - start) / max(1, unit["size"])))
+    board.count(unit["key"], rows, unit["share"])
     summary = {"corpus": corpus.name, "path": unit["path"], "rows": rows, "parts": parts, "rejected": dict(rejected)}
     files.write_json(f"{folder}/parts/{unit['key']}.json", summary)
     return summary

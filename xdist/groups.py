@@ -42,7 +42,7 @@ def group(item: dict[str, Any], board: cluster.RemoteBoard, folder: str, parts: 
     done = []
     for shard in item["shards"]:
         done.append(_counts(folder, shard))
-        board.count(str(item["shards"][0]), sum(result["sentences"] for result in done))
+        board.count(str(item["shards"][0]), sum(result["pairs"] + sum(result["duplicates"].values()) for result in done))
     return {"shards": done}
 
 
@@ -60,13 +60,16 @@ def _group_shard(folder: str, shard: int, rows: pa.Table) -> None:
 
 def _counts(folder: str, shard: int) -> dict[str, Any]:
     table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
-    languages, corpora = (collections.Counter(table[name].combine_chunks().flatten().to_pylist()) for name in ("languages", "corpora"))
+    languages, corpora = (table[name].combine_chunks().flatten().to_pylist() for name in ("languages", "corpora"))
+    by_corpus: dict[str, collections.Counter[str]] = {}
+    for (name, lang), count in collections.Counter(zip(corpora, languages, strict=True)).items():
+        by_corpus.setdefault(name, collections.Counter())[lang] = count
     return {
         "shard": shard,
         "sentences": len(table),
-        "pairs": sum(languages.values()),
-        "languages": languages,
-        "corpora": corpora,
+        "pairs": len(languages),
+        "languages": collections.Counter(languages),
+        "by_corpus": by_corpus,
         "digests": _digests(table),
         "duplicates": files.read_json(f"{folder}/parts/duplicates-{shard:05d}.json"),
         "source_characters": pc.sum(pc.utf8_length(table["source"])).as_py() or 0,

@@ -5,6 +5,7 @@ is what the run itself uses.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from xdist.corpus import Prepared
 from xdist.embed import missing_per_shard
 from xdist.encoder import Encoder
 from xdist.progress import duration, say
+from xdist.shards import sampling_weights
 from xdist.store import VectorStore
 
 PROBE_SENTENCES = 512
@@ -23,13 +25,14 @@ PROBE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and estimated seconds."""
+    """Counts, bytes and estimated seconds. `seen` is how many texts of each language an epoch of training shows."""
 
     rows_read: int
     pairs: int
     sentences: int
     cached: int
     languages: dict[str, int]
+    seen: dict[str, float]
     corpora: dict[str, int]
     rejected: dict[str, int]
     source_tokens: int
@@ -39,6 +42,7 @@ class Plan:
     shard_bytes: int
     teacher_sentences_per_second: float
     student_tokens_per_second: float
+    arithmetic: str
     embed_seconds: float
     train_seconds: float
     token_lengths: dict[str, list[int]]
@@ -51,7 +55,8 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
     rate = _embed_rate(recipe, teacher, sources)
     lengths = {lang: [len(row) for row in student.tokenize(found, recipe.student.max_length)] for lang, found in texts.items() if found}
     counts = {recipe.data.source_language: prepared.sentences} | prepared.languages
-    per_epoch = sum(count * float(np.mean(lengths[lang])) for lang, count in counts.items() if lang in lengths) * recipe.data.sample
+    seen = _seen(recipe, prepared)
+    per_epoch = sum(count * float(np.mean(lengths[lang])) for lang, count in seen.items() if lang in lengths)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch / recipe.train.batch_tokens))
     training_rate = _train_rate(recipe, student, [text for found in texts.values() for text in found])
     vector = 2 * teacher.dimension
@@ -61,6 +66,7 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
         sentences=prepared.sentences,
         cached=cached,
         languages=counts,
+        seen=seen,
         corpora=prepared.corpora,
         rejected=prepared.rejected,
         source_tokens=round(prepared.sentences * float(np.mean([len(row) for row in teacher.tokenize(sources)]))),
@@ -70,10 +76,22 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
         shard_bytes=round(prepared.sentences * vector + per_epoch * 2),
         teacher_sentences_per_second=rate,
         student_tokens_per_second=training_rate,
+        arithmetic=f"{str(student.dtype).removeprefix('torch.')} on {student.device}, {student.body.config._attn_implementation} attention",
         embed_seconds=(prepared.sentences - cached) / rate / workers,
         train_seconds=steps * recipe.train.batch_tokens / training_rate / workers,
         token_lengths={lang: np.bincount(np.minimum(found, recipe.student.max_length)).tolist() for lang, found in lengths.items()},
     )
+
+
+def _seen(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
+    """Texts of each language that an epoch of training shows: corpora by their weight, languages by the temperature."""
+    sources = {name: prepared.sentences * count / prepared.pairs for name, count in prepared.corpora.items()}
+    counts = {name: {recipe.data.source_language: sources[name]} | found for name, found in prepared.by_corpus.items()}
+    weights = sampling_weights(recipe.data, counts)
+    return {
+        lang: recipe.data.sample * sum(found.get(lang, 0) * weights[name].get(lang, 0) for name, found in counts.items())
+        for lang in [recipe.data.source_language, *recipe.data.languages]
+    }
 
 
 def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, list[str]]]:
@@ -148,12 +166,14 @@ def show(recipe: Recipe, plan: Plan) -> None:
     say(f"  teacher tokens       {plan.source_tokens:>12,}   measured {plan.teacher_sentences_per_second:,.0f} sentences/s")
     rate = f"{plan.training_steps:,} steps; measured {plan.student_tokens_per_second:,.0f} tokens/s"
     say(f"  training tokens      {plan.training_tokens:>12,}   {rate}")
+    say(f"  seen per epoch       {round(sum(plan.seen.values())):>12,}   texts: {_shares(plan.seen)}")
+    say(f"  arithmetic           {plan.arithmetic}")
     say(f"  disk                 {megabytes(plan.store_bytes + plan.shard_bytes):>12}   vectors and shards")
     parts = f"embed {duration(plan.embed_seconds)}, train {duration(plan.train_seconds)}"
     say(f"  time                 {duration(plan.embed_seconds + plan.train_seconds):>12}   {parts}")
 
 
-def _shares(counts: dict[str, int]) -> str:
+def _shares(counts: Mapping[str, float]) -> str:
     total = max(1, sum(counts.values()))
     return ", ".join(f"{name} {count / total:.0%}" for name, count in sorted(counts.items(), key=lambda entry: -entry[1]))
 

@@ -140,14 +140,15 @@ def _line(axis: Any, curves: dict[str, Any], names: dict[str, str], smooth: int 
 
 
 def _composition(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
-    """Pairs by corpus and texts by language."""
-    corpora, languages = found["prepared"]["corpora"], found["plan"]["languages"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.9 + 0.32 * max(3, len(corpora), len(languages))), layout="constrained")
-    for axis, counts, title in ((axes[0], corpora, "Pairs by corpus"), (axes[1], languages, "Texts by language")):
+    """Pairs by corpus, texts by language, and what of these an epoch of training shows."""
+    corpora, plan = found["prepared"]["corpora"], found["plan"]
+    panels = {"Pairs by corpus": corpora, "Texts by language": plan["languages"], "Texts seen per epoch": plan["seen"]}
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.32 * max(3, len(corpora), len(plan["languages"]))), layout="constrained")
+    for axis, (title, counts) in zip(axes, panels.items(), strict=True):
         names = sorted(counts, key=lambda name: counts[name])
         bars = axis.barh(names, [counts[name] for name in names], color=PALETTE[0])
-        axis.bar_label(bars, [f"{counts[name]:,}" for name in names], padding=3, fontsize=8)
-        axis.margins(x=0.18)
+        axis.bar_label(bars, [f"{counts[name]:,.0f}" for name in names], padding=3, fontsize=8)
+        axis.margins(x=0.3)
         axis.grid(axis="y", visible=False)
         axis.set_title(title)
     return figure

@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, stage: str, unit: str, total: int | None = None):
         self.stage, self.unit, self.total = stage, unit, total
-        self.done, self.started, self.shown = 0, time.monotonic(), 0.0
+        self.done, self.share, self.started, self.shown = 0, 0.0, time.monotonic(), 0.0
         self.terminal = sys.stdout.isatty()
 
     def __enter__(self) -> "Progress":
@@ -35,9 +35,9 @@ class Progress:
         if kind is None:
             self._show(last=True)
 
-    def update(self, done: int) -> None:
-        """Tell how much is done so far."""
-        changed, self.done = done != self.done, done
+    def update(self, done: int, share: float = 0.0) -> None:
+        """Tell how much is done so far; and what share of the whole that is, where there is no total."""
+        changed, self.done, self.share = done != self.done, done, done / self.total if self.total else share
         if changed and time.monotonic() - self.shown > (0.2 if self.terminal else 5.0):
             self._show()
 
@@ -45,15 +45,14 @@ class Progress:
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         parts = [f"{self.stage:<9} {self.done:>11,}"]
-        if self.total and not last:
-            parts.append(f"of {self.total:,} {self.unit}  {self.done / self.total:4.0%}")
-        else:
-            parts.append(self.unit)
+        parts.append(f"of {self.total:,} {self.unit}" if self.total and not last else self.unit)
+        if self.share and not last:
+            parts.append(f" {self.share:4.0%}")
         parts.append(f"  {rate:,.0f}/s")
         if last:
             parts.append(f"  in {duration(now - self.started)}")
-        elif self.total and rate > 0:
-            parts.append(f"  {duration((self.total - self.done) / rate)} left")
+        elif self.share:
+            parts.append(f"  {duration((now - self.started) * (1 - self.share) / self.share)} left")
         end = "\n" if last or not self.terminal else "\r"
         print(("\x1b[2K" if self.terminal else "") + " ".join(parts), end=end, flush=True)
         self.shown = now

@@ -10,7 +10,7 @@ A group's source and each of its translations is one sequence; all of them share
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -42,9 +42,10 @@ class Manifest:
     pad: int
     longest: int
 
-    def totals(self, counts: list[dict[str, dict[str, int]]]) -> dict[str, int]:
-        """Sum over shards and corpora, by language."""
-        return {lang: sum(corpus.get(lang, 0) for shard in counts for corpus in shard.values()) for lang in self.languages}
+    def of_corpus(self, name: str) -> dict[str, float]:
+        """Sequences of a corpus by language, over all shards."""
+        shards = [shard.get(name, {}) for shard in self.sequences]
+        return {lang: sum(shard.get(lang, 0) for shard in shards) for lang in {lang for shard in shards for lang in shard}}
 
 
 def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: str) -> Manifest:
@@ -89,8 +90,7 @@ def _cut_shard(
         table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
         held = _hold_out(table, item["hold"])
         files.write_table(f"{folder}/holdout/{shard:05d}.parquet", table.filter(pa.array(held)))
-        chosen = ~held & (table["hash"].to_numpy() <= np.uint64(recipe.data.sample * (2**64 - 1)) if recipe.data.sample < 1 else True)
-        table = table.filter(pa.array(chosen))
+        table = table.filter(pa.array(~held & text.sampled(table["hash"].to_numpy(), recipe.data.sample)))
         tensors = _sequences(table, recipe.data, tokenizer)
         tensors["vectors"] = VectorStore(recipe.run.storage, Fingerprint(**fingerprint)).vectors(shards, shard, table["hash"].to_numpy())
         files.write(uri, safetensors.numpy.save(tensors))
@@ -172,27 +172,25 @@ class Batch(NamedTuple):
     vectors: np.ndarray
 
 
+def sampling_weights(data: Data, sequences: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """How often a sequence is seen per epoch, by corpus and language, from counts of the same form: corpora by their weight,
+    and then languages so that their shares of what is seen follow the temperature."""
+    by_corpus = {corpus.name: corpus.weight for corpus in data.corpora}
+    languages = {lang for counts in sequences.values() for lang in counts}
+    seen = {lang: sum(by_corpus[name] * counts.get(lang, 0) for name, counts in sequences.items()) for lang in languages}
+    by_language = batching.language_weights(seen, data.temperature, data.source_language, data.source_weight)
+    return {name: {lang: by_corpus[name] * by_language.get(lang, 0) for lang in counts} for name, counts in sequences.items()}
+
+
 class Order:
     """The steps of training from any position on, for one of `world` workers. A pure function of recipe and manifest."""
 
     def __init__(self, folder: str, data: Data, train: Train, seed: int, manifest: Manifest):
         self.folder, self.data, self.train, self.seed, self.manifest = folder, data, train, seed, manifest
-        self.weights = self._weights()
+        weights = sampling_weights(data, {name: manifest.of_corpus(name) for name in manifest.corpora})
+        self.weights = np.array([[weights[name].get(lang, 0.0) for lang in manifest.languages] for name in manifest.corpora])
         if not self.window_steps(list(range(len(manifest.tokens)))):
             raise Refused("there is nothing to train on: all languages or corpora are empty or have weight 0")
-
-    def _weights(self) -> np.ndarray:
-        """How often a sequence is seen per epoch, by (corpus, language): corpora by their weight, and then languages so that
-        their shares of what is seen follow the temperature."""
-        by_corpus = {corpus.name: corpus.weight for corpus in self.data.corpora}
-        seen = {
-            lang: sum(by_corpus[corpus] * counts.get(lang, 0) for shard in self.manifest.sequences for corpus, counts in shard.items())
-            for lang in self.manifest.languages
-        }
-        by_language = batching.language_weights(seen, self.data.temperature, self.data.source_language, self.data.source_weight)
-        return np.array(
-            [[by_corpus[corpus] * by_language.get(lang, 0) for lang in self.manifest.languages] for corpus in self.manifest.corpora]
-        )
 
     def window_steps(self, shards: list[int]) -> int:
         """Steps that a window of these shards makes, from the manifest alone; none where they hold nothing to train on."""

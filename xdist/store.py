@@ -64,7 +64,7 @@ class VectorStore:
 
     def missing(self, shards: int, shard: int, hashes: np.ndarray) -> np.ndarray:
         """Indices into `hashes` (uint64, all of this shard) that the store does not hold."""
-        held = [self._read(name)[0] for name in self.segments(shards, shard)]
+        held = [_hashes(f"{self.folder}/{name}") for name in self.segments(shards, shard)]
         return np.flatnonzero(~np.isin(hashes, np.concatenate(held))) if held else np.arange(len(hashes))
 
     def write(self, shards: int, shard: int, hashes: np.ndarray, vectors: np.ndarray) -> None:
@@ -102,6 +102,20 @@ class VectorStore:
         return _segment(f"{self.folder}/{name}", self.dimension)
 
 
+def _hashes(uri: str) -> np.ndarray:
+    """A segment's hashes; its vectors are not read."""
+    try:
+        with files.open_input(uri) as stream:
+            table = pa.ipc.open_file(stream, options=pa.ipc.IpcReadOptions(included_fields=[0])).read_all()
+        return np.asarray(table["hash"].to_numpy())
+    except (ValueError, KeyError, OSError) as error:  # ArrowInvalid is a ValueError
+        raise _damaged(uri, error) from None
+
+
+def _damaged(uri: str, error: Exception) -> Refused:
+    return Refused(f"{uri} is damaged ({error}); delete it and run again: only its sentences are embedded again")
+
+
 @functools.lru_cache(maxsize=8)
 def _segment(uri: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
     try:
@@ -113,7 +127,7 @@ def _segment(uri: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
         if (table.schema.metadata or {}).get(b"content") != _content(hashes, vectors).encode():
             raise ValueError("its content is not what was written")
     except (ValueError, KeyError, OSError) as error:  # ArrowInvalid is a ValueError
-        raise Refused(f"{uri} is damaged ({error}); delete it and run again: only its sentences are embedded again") from None
+        raise _damaged(uri, error) from None
     return hashes, vectors
 
 

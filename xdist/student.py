@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from torch import nn
 
-from xdist import encoder, files, vocabulary
+from xdist import encoder, files, text, vocabulary
 from xdist.config import Recipe, Student, Teacher
 from xdist.corpus import Prepared
 from xdist.errors import Refused
+from xdist.progress import say
 
 MOST_SENTENCES = 400_000  # read for a vocabulary; more changes no vocabulary noticeably
 MOST_ALIGNED = 100_000  # pairs per language that word alignment reads
@@ -40,6 +42,7 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
     encoder.refuse_length(recipe.student.max_length, encoder.positions(body))
     if not tokenizer.is_fast:
         raise Refused(f"{folder} has no tokenizer.json, only a slow tokenizer; save it with a fast one")
+    say(f"student   from {recipe.student.base}, vocabulary: {recipe.student.vocabulary}")
     if recipe.student.layers is not None:
         keep_layers(body, recipe.student.layers)
     if recipe.student.vocabulary == "keep":
@@ -58,8 +61,11 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
         if out != dimension:
             torch.manual_seed(recipe.run.seed)
             modules.append(Dense(out, dimension, bias=False, activation_function=nn.Identity()))
-        SentenceTransformer(modules=[transformer, *modules, Normalize()], device="cpu").save(whole, create_model_card=False)
+        model = SentenceTransformer(modules=[transformer, *modules, Normalize()], device="cpu")
+        model.save(whole, create_model_card=False)
         files.upload(whole, uri, last="modules.json")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"          {body.config.num_hidden_layers} layers, {len(tokenizer):,} tokens, {parameters / 1e6:.1f} M parameters")
     return uri
 
 
@@ -172,13 +178,14 @@ def _specials(tokenizer: Any) -> dict[str, str]:
 
 
 def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
-    """Source sentences, and (source, translation) pairs of each language, from as many shards as it takes."""
+    """Source sentences of the sample to train on, and (source, translation) pairs of each language, from as many shards as
+    it takes."""
     sources: list[str] = []
     translations: dict[str, list[tuple[str, str]]] = {lang: [] for lang in recipe.data.languages}
     for source, languages, texts in _groups(recipe, prepared):
         sources.append(source)
-        for lang, text in zip(languages, texts, strict=True):
-            translations[lang].append((source, text))
+        for lang, translation in zip(languages, texts, strict=True):
+            translations[lang].append((source, translation))
         if len(sources) >= MOST_SENTENCES:
             break
     return sources, translations
@@ -186,7 +193,8 @@ def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, li
 
 def _groups(recipe: Recipe, prepared: Prepared) -> Iterator[tuple[str, list[str], list[str]]]:
     for shard in range(prepared.shards):
-        table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["source", "languages", "texts"])
+        table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["hash", "source", "languages", "texts"])
+        table = table.filter(pa.array(text.sampled(table["hash"].to_numpy(), recipe.data.sample)))
         yield from zip(*(table[name].to_pylist() for name in ("source", "languages", "texts")), strict=True)
 
 

@@ -84,6 +84,11 @@ class _Words(dict[int, int | None]):
 _WORDS = _Words()
 
 
+def sampled(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Mask of the sentences that belong to a sample of this share; a smaller sample is part of every larger one."""
+    return hashes <= np.uint64(share * (2**64 - 1)) if share < 1 else np.ones(len(hashes), dtype=bool)
+
+
 def holdout_order(hashes: np.ndarray) -> np.ndarray:
     """A second hash of the hash, uint64, independent of shard and sample (which use the first): ranks the held-out split."""
     return np.fromiter((xxhash.xxh3_64_intdigest(h.tobytes(), seed=1) for h in hashes.astype("<u8")), dtype=np.uint64)

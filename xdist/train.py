@@ -40,7 +40,7 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
     total = order.total_steps()
     say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {recipe.cluster.workers} worker(s)")
 
-    def show(_: int, lines: list[dict[str, Any]]) -> None:
+    def show(_: int, __: float, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             say(_line(line, total))
 
