@@ -9,6 +9,7 @@ import pytest
 from conftest import sentences, tiny_checkpoint, write_tsv
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -93,6 +94,20 @@ def test_few_shot_is_the_mean_over_five_heads_on_the_models_own_vectors(recipe: 
     found = rows_of(recipe, MODELS)["topic", "es", model, f"few_shot_{size}_accuracy"]
     assert found["value"] == pytest.approx(np.mean(scores))
     assert len(set(scores)) > 1
+
+
+def test_the_few_shot_baseline_is_a_linear_head_on_character_tfidf(recipe: Recipe) -> None:
+    texts = [[row["de"] for row in rows] for rows in (TRAIN, TEST)]
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True).fit(texts[0])
+    scores = []
+    for seed in range(5):
+        picked = metrics.few_shot(LABELS[0], 8, np.random.default_rng([recipe.run.seed, seed]))
+        rows = vectorizer.transform([texts[0][row] for row in picked])
+        head = LogisticRegression(C=metrics.REGULARISATION, max_iter=2000).fit(rows, [LABELS[0][row] for row in picked])
+        scores.append(accuracy_score(LABELS[1], head.predict(vectorizer.transform(texts[1]))))
+    found = rows_of(recipe, MODELS)
+    assert found["topic", "de", "tfidf", "few_shot_8_accuracy"]["value"] == pytest.approx(np.mean(scores))
+    assert ("topic", "de", "tfidf", "zero_shot_accuracy") not in found
 
 
 def test_samples_larger_than_the_training_rows_are_left_out_aloud(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

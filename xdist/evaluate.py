@@ -18,6 +18,7 @@ from xdist.metrics import Score
 from xdist.progress import Progress, say
 
 MODELS = ("teacher", "before", "after")
+BASELINE = "tfidf"  # of characters: what few-shot heads on an encoder's vectors have to beat
 FEW_SHOT_SEEDS = 5
 
 Vectors = dict[str, np.ndarray]  # text → vector
@@ -122,7 +123,8 @@ def _retrieval(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found
 
 def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found:
     """Zero-shot: a head fitted on the teacher's source-language vectors, on each model's vectors of each language.
-    Few-shot: heads fitted on a model's own vectors of a few labelled rows of the language, mean over five samples."""
+    Few-shot: heads fitted on a model's own vectors of a few labelled rows of the language, mean over five samples; and the
+    same on character TF-IDF."""
     source = recipe.data.source_language
     rows = tasks.read(recipe, task, "train", source)
     head = metrics.fit_chosen_head(_stack(rows["text"], vectors["teacher"]), rows["label"])
@@ -135,8 +137,10 @@ def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> 
             train = tasks.read(recipe, task, "train", lang)
             if max(task.shots) > len(train["text"]):
                 say(f"  {task.name}: only {len(train['text'])} training rows for {lang}, larger few-shot samples are left out")
-            for model, known in vectors.items():
-                yield from ((model, lang, name, score) for name, score in _few_shot(recipe, task, train, test, known))
+            sides = {model: (_stack(train["text"], known), _stack(test["text"], known)) for model, known in vectors.items()}
+            sides[BASELINE] = metrics.character_tfidf(train["text"], test["text"])
+            for model, (x, y) in sides.items():
+                yield from ((model, lang, name, score) for name, score in _few_shot(recipe, task, x, train["label"], y, test["label"]))
 
 
 def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np.ndarray) -> Iterator[tuple[str, Score]]:
@@ -149,14 +153,13 @@ def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np
     yield "macro_f1", f1
 
 
-def _few_shot(recipe: Recipe, task: Task, train: tasks.Rows, test: tasks.Rows, known: Vectors) -> Iterator[tuple[str, Score]]:
-    x, y = _stack(train["text"], known), _stack(test["text"], known)
-    for size in [size for size in task.shots if size <= len(train["text"])]:
+def _few_shot(recipe: Recipe, task: Task, x: Any, labels: list[str], y: Any, truth: list[str]) -> Iterator[tuple[str, Score]]:
+    for size in [size for size in task.shots if size <= len(labels)]:
         outcomes = []
         for seed in range(FEW_SHOT_SEEDS):
-            picked = metrics.few_shot(train["label"], size, np.random.default_rng([recipe.run.seed, seed]))
-            head = metrics.fit_head(x[picked], [train["label"][row] for row in picked])
-            outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(test["label"]))
+            picked = metrics.few_shot(labels, size, np.random.default_rng([recipe.run.seed, seed]))
+            head = metrics.fit_head(x[picked], [labels[row] for row in picked])
+            outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(truth))
         yield f"few_shot_{size}_accuracy", _mean(recipe, np.mean(outcomes, axis=0))
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,8 +79,8 @@ class Head:
     bias: np.ndarray
     classes: list[str]
 
-    def predict(self, vectors: np.ndarray) -> np.ndarray:
-        """Class index of each vector, shape (n,)."""
+    def predict(self, vectors: Any) -> np.ndarray:
+        """Class index of each row, dense or sparse, shape (n,)."""
         return np.argmax(vectors @ self.weights.T + self.bias, axis=1)
 
 
@@ -100,8 +101,9 @@ def fit_chosen_head(vectors: np.ndarray, labels: list[str]) -> Head:
     return fit_head(vectors, labels, chosen_regularisation(vectors, labels))
 
 
-def fit_head(vectors: np.ndarray, labels: list[str], c: float = REGULARISATION) -> Head:
-    """Multinomial logistic regression (scikit-learn, L2); where there is one class alone, a head that always says it."""
+def fit_head(vectors: Any, labels: list[str], c: float = REGULARISATION) -> Head:
+    """Multinomial logistic regression (scikit-learn, L2) on dense or sparse rows; where there is one class alone, a head that
+    always says it."""
     from sklearn.linear_model import LogisticRegression
 
     if len(set(labels)) == 1:
@@ -120,6 +122,15 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
     table = np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
     sizes = table.sum(0) + table.sum(1)
     return float(np.mean(2 * table.diagonal()[sizes > 0] / sizes[sizes > 0]))
+
+
+def character_tfidf(train: list[str], test: list[str]) -> tuple[Any, Any]:
+    """TF-IDF of character n-grams, as sparse rows for training and test texts: what a linear classifier does without any
+    encoder, and without knowing the language."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, dtype=np.float32)
+    return vectorizer.fit_transform(train), vectorizer.transform(test)
 
 
 def few_shot(labels: list[str], size: int, rng: np.random.Generator) -> np.ndarray:

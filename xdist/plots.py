@@ -7,13 +7,14 @@ import matplotlib
 import numpy as np
 
 from xdist.config import Recipe
+from xdist.evaluate import MODELS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-COLOURS = {"teacher": "#9aa5b1", "before": "#e0b04c", "after": "#1f6f8b"}
-LABELS = {"teacher": "teacher", "before": "student before", "after": "student after"}
+COLOURS = {"teacher": "#9aa5b1", "before": "#e0b04c", "after": "#1f6f8b", "tfidf": "#a4505f"}
+LABELS = {"teacher": "teacher", "before": "student before", "after": "student after", "tfidf": "character TF-IDF"}
 PALETTE = ["#1f6f8b", "#e07a5f", "#81b29a", "#e0b04c", "#6d597a", "#9aa5b1", "#355070", "#b56576", "#43aa8b", "#577590"]
 SMOOTH = 5  # measures of single batches are noisy: batches differ in length and kind of text
 STYLE: Any = {
@@ -60,7 +61,7 @@ def _results(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     for axis, (task, metric) in zip(axes[0], names, strict=True):
         here = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
         languages = list(dict.fromkeys(row["language"] for row in here))
-        for offset, model in enumerate(COLOURS):
+        for offset, model in enumerate(MODELS):
             bars = {row["language"]: row for row in here if row["model"] == model}
             values = np.array([100 * bars[lang]["value"] for lang in languages])
             spread = np.abs(np.array([[100 * bars[lang][side] for lang in languages] for side in ("low", "high")]) - values)
@@ -102,7 +103,7 @@ def _few_shot(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(COLOURS))
     return figure
 
 
