@@ -1,6 +1,8 @@
-"""The demo's own corpus: whole rows, the split that its README promises, and no test sentence among the training texts."""
+"""The demo's own corpus: whole rows, the split that its README promises, and no test sentence among the training texts; and
+the files that the recipe of real corpora names."""
 
 import csv
+import json
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "demo"
+from xdist import corpus, recipes, tasks
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "recipes" / "demo"
 LANGUAGES = ("en", "es", "fr", "de")
 SPLITS = {"sentences": ((0.2, "test"), (0.3, "dev"), (1, "train")), "messages": ((0.5, "test"), (1, "train"))}
 
@@ -49,3 +54,16 @@ def test_no_test_sentence_is_a_training_text(lang: str) -> None:
     training |= {row[lang] for row in rows("sentences") if row["split"] == "train"}
     tested = {row[lang] for row in rows("sentences") if row["split"] == "test"} | {row[lang] for row in rows("messages")}
     assert not training & tested
+
+
+@pytest.mark.parametrize("languages", ['["es","fr","de"]', '["es","fr","de","it","nl","pt"]', '["pt"]'])
+def test_the_biomedical_recipe_finds_its_files(languages: str) -> None:
+    root = ROOT.parent / "shared" / "data"
+    if not root.exists():
+        pytest.skip(f"{root} is not here")
+    recipe, _ = recipes.parse([str(ROOT / "recipes" / "biomed.yaml"), "--data.root", str(root), "--data.languages", languages], "", None)
+    units = corpus._units(recipe)
+    assert {lang for unit in units for lang in unit["languages"]} == set(json.loads(languages))
+    for task in recipe.evaluate.tasks:
+        for split, lang in tasks.measured(recipe, task):
+            assert tasks.read(recipe, task, split, lang)["text"]
