@@ -181,18 +181,35 @@ def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: 
 # --- kill -9 ---
 
 
+def _heed_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(recipe_file: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command as a user starts it, in a session of its own; whatever is left of it is ended by that session's id."""
     command = [sys.executable, str(ROOT / "jobs" / "distill.py"), str(recipe_file)]
     with open(folder / f"log-{time.time_ns()}.txt", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, preexec_fn=_heed_ctrl_c
+        )
         try:
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_ctrl_c_says_that_the_same_command_continues(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(run={"name": "run", "storage": str(tmp_path / "c")}, train={"steps": 100_000, "log_every": 10})
+    with started(as_file(recipe, tmp_path / "c.yaml"), tmp_path) as process:
+        (log,) = tmp_path.glob("log-*.txt")
+        wait_for(lambda: b"  step     20 of" in log.read_bytes(), process)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        assert process.wait(timeout=60) == 130
+    assert log.read_text().endswith("\nxdist: stopped; the same command continues this run\n")
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 180) -> None:

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import os
+import signal
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -63,7 +65,7 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
             ),
         )  # fmt: skip
         try:
-            result: Any = trainer.fit()
+            result: Any = _fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise _reason(error) from None
     if result.return_value:
@@ -71,6 +73,20 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
         raise Collapsed(message) if kind == "Collapsed" else Refused(message)
     best = max(result.best_checkpoints, key=lambda found: found[1]["selection"])[0]
     return f"{recipe.folder}/checkpoints/{os.path.basename(best.path)}"
+
+
+def _fit(trainer: Any) -> Any:
+    """Ray Train answers Ctrl-C by ending the process without a word, and keeps doing so afterwards; here it is the usual
+    KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _reason(error: Any) -> BaseException:
