@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 
 from xdist import formats, recipes
 from xdist.errors import Refused
+from xdist.text import text_hashes
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "paper.yaml"
 TEACHER, MBERT, XLMR = (
@@ -129,6 +130,7 @@ def run(home: Path, tmp_path: Path) -> Callable[..., dict]:
         recipe["student"] |= {"base": base, "max_length": 64} | student
         rows = sentences(60)
         table = pa.table({
+            "hash": text_hashes([row["en"] for row in rows]),
             "source": [row["en"] for row in rows],
             "languages": [["es", "de"]] * len(rows),
             "texts": [[row["es"], row["de"]] for row in rows],
