@@ -82,7 +82,7 @@ def test_trim_changes_no_vector_and_makes_the_table_smaller(build: Callable[...,
 
 
 def test_a_sample_of_the_corpus_gives_the_vocabulary_as_well(build: Callable[..., Any]) -> None:
-    share = 0.02  # of 300 sentences
+    share = 0.005  # of 300 sentences
     folder, _ = build(student={"vocabulary": "trim"}, data={"sample": share}, run={"name": "sample"})
     rows = sentences(300)
     chosen = [row for row in rows if int(text_hashes([row["en"]])[0]) < share * 2**64]
