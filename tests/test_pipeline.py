@@ -208,11 +208,11 @@ def test_ctrl_c_says_that_the_same_command_continues(make_recipe: MakeRecipe, tm
         (log,) = tmp_path.glob("log-*.txt")
         wait_for(lambda: b"  step     20 of" in log.read_bytes(), process)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-        assert process.wait(timeout=60) == 130
-    assert log.read_text().endswith("\nxdist: stopped; the same command continues this run\n")
+        assert process.wait(timeout=200) == 130, log.read_text()[-3000:]
+    assert "\nxdist: stopped; the same command continues this run\n" in log.read_text()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the command ended before the moment to kill it came"
@@ -226,7 +226,7 @@ def read_if_there(path: Path) -> bytes:
 
 def run_to_the_end(recipe_file: Path, folder: Path) -> None:
     with started(recipe_file, folder) as process:
-        assert process.wait(timeout=300) == 0, sorted(folder.glob("log-*.txt"))[-1].read_text()[-3000:]
+        assert process.wait(timeout=600) == 0, sorted(folder.glob("log-*.txt"))[-1].read_text()[-3000:]
 
 
 def as_file(recipe: Recipe, path: Path) -> Path:
