@@ -161,11 +161,17 @@ def test_rounded_adds_an_eighth_at_most_and_changes_nothing_twice(size: int) -> 
     assert batching.rounded(batching.rounded(size)) == batching.rounded(size)
 
 
-def test_padded_to_a_round_number_fills_up_with_rows_of_one_padding_token() -> None:
+def test_few_shapes_by_hand() -> None:
+    assert batching.few_shapes([17] * 17, longest=128) == (18, 18)
+    assert batching.few_shapes([3, 17], longest=17) == (2, 17)  # no longer than any row can be
+    assert batching.few_shapes([0], longest=64) == (1, 1)
+
+
+def test_padded_fills_up_with_rows_of_one_padding_token() -> None:
     rows = [np.arange(1, 18)] * 17
-    ids, mask = batching.padded(rows, pad=0, longest=128)
+    ids, mask = batching.padded(rows, pad=0, least=(18, 18))
     assert ids.shape == mask.shape == (18, 18)
     assert ids[:17, :17].tolist() == [row.tolist() for row in rows]
     assert not ids[17].any()
     assert mask.sum(axis=1).tolist() == [17] * 17 + [1]
-    assert batching.padded(rows, pad=0, longest=17)[0].shape == (18, 17)  # no longer than any row can be
+    assert batching.padded(rows, pad=0, least=(3, 3))[0].shape == (17, 17)

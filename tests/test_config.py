@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from xdist import config, job, recipes
 from xdist.config import Recipe
@@ -179,6 +180,19 @@ def test_languages_of_a_task() -> None:
     task = {"name": "t", "kind": "sts", "test": "{lang}"}
     found = Recipe(data={"languages": ["es", "de"]}, evaluate={"tasks": [task, task | {"name": "u", "languages": ["de", "en", "it"]}]})
     assert [found.task_languages(task) for task in found.evaluate.tasks] == [["en", "es", "de"], ["en", "de"]]
+
+
+def test_a_checkout_that_moved_is_the_same_recipe(tmp_path: Path) -> None:
+    text = 'data: {root: "{recipe}/d", corpora: [{name: a, path: "{recipe}/a-{lang}.tsv"}]}'
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old, new = (recipes.load(recipe(tmp_path / name, text)) for name in ("old", "new"))
+    assert old.data.corpora[0].path == f"{tmp_path}/old/a-{{lang}}.tsv"
+    assert recipes.differing(old.model_dump(), new.model_dump()) == []
+    # the run's own copy of its recipe still stands for the same files
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(old.model_dump(mode="json")))
+    assert recipes.load(copy) == old
 
 
 def test_differing_names_keys_and_looks_past_places() -> None:

@@ -23,7 +23,7 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True))
 
 
-@pytest.mark.parametrize("name", ["sentences", "terms", "everyday", "messages"])
+@pytest.mark.parametrize("name", ["sentences", "terms", "medicine", "everyday", "messages"])
 def test_every_row_is_whole_and_there_once(name: str) -> None:
     found = rows(name)
     for row in found:
@@ -50,7 +50,7 @@ def test_sentences_cover_the_specialties_evenly() -> None:
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_test_sentence_is_a_training_text(lang: str) -> None:
-    training = {row[lang] for name in ("terms", "everyday") for row in rows(name)}
+    training = {row[lang] for name in ("terms", "medicine", "everyday") for row in rows(name)}
     training |= {row[lang] for row in rows("sentences") if row["split"] == "train"}
     tested = {row[lang] for row in rows("sentences") if row["split"] == "test"} | {row[lang] for row in rows("messages")}
     assert not training & tested

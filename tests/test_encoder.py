@@ -63,6 +63,14 @@ def test_the_order_of_texts_is_kept_and_all_are_counted(teacher: str, batch_toke
     assert done == sorted(done)
 
 
+def test_batches_have_one_shape_for_each_length(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, shapes = encoder.load(teacher), set()
+    monkeypatch.setattr(encoder.Encoder, "forward", lambda self, ids, mask: shapes.add(tuple(ids.shape)) or torch.zeros(len(ids), 32))
+    for count in range(20, 60):
+        found.encode(["the knee"] * count, batch_tokens=40)
+    assert len(shapes) == 1
+
+
 def test_no_texts(teacher: str) -> None:
     assert encoder.load(teacher).encode([]).shape == (0, 32)
 
@@ -207,6 +215,15 @@ def test_pickle_is_refused_unless_allowed(tmp_path: Path, teacher: str) -> None:
     assert cosines(encoder.load(folder, "float32").encode(["the knee"]), model(teacher).encode(["the knee"]))[0] > 0.99999
 
 
+def test_a_pickle_beside_oddly_named_safetensors_is_not_read(tmp_path: Path, teacher: str) -> None:
+    shutil.copytree(teacher, tmp_path / "st")
+    weights = tmp_path / "st" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "st" / "pytorch_model.bin")
+    weights.rename(tmp_path / "st" / "model_copy.safetensors")
+    with pytest.raises(Refused, match="is not a checkpoint that can be loaded"):
+        encoder.load(encoder.located(Teacher(model=str(tmp_path / "st"))))
+
+
 def test_a_pickled_module_is_refused_unless_allowed(save: Callable[..., str]) -> None:
     folder = Path(save(Pooling(32), Dense(32, 16)))
     dense = folder / "2_Dense"
@@ -300,8 +317,8 @@ def test_rows_that_make_a_round_number_change_no_gradient(tmp_path: Path) -> Non
     found = encoder.load(str(tiny_checkpoint(tmp_path)), "float32")
     rows = [np.array(row) for row in found.tokenize([f"the patient has pain in {'knee ' * count}" for count in range(17)])]
     shapes, gradients = [], []
-    for longest in (None, 64):
-        ids, mask = batching.padded(rows, 0, longest)
+    for least in ((0, 0), (18, 24)):
+        ids, mask = batching.padded(rows, 0, least)
         shapes.append(ids.shape)
         vectors = found(torch.from_numpy(ids), torch.from_numpy(mask))[: len(rows)]
         found.zero_grad()

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from xdist import files, pipeline
+from xdist import files, pipeline, track
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -141,6 +141,16 @@ def test_a_recipe_mended_after_a_plan_begins_anew(make_recipe: MakeRecipe, ray_c
     assert yaml.safe_load(files.read(f"{mended.folder}/recipe.yaml"))["train"]["steps"] == 7
 
 
+def test_evaluated_anew(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    rows = files.read_json(f"{recipe.folder}/evaluation.json")
+    files.write_json(f"{recipe.folder}/evaluation.json", [])
+    files.remove(f"{recipe.folder}/report.html")
+    pipeline.evaluate(recipe)
+    assert files.read_json(f"{recipe.folder}/evaluation.json") == rows
+    assert "student after" in Path(recipe.folder, "report.html").read_text()
+
+
 def test_killed_between_the_last_step_and_the_export(finished: tuple[Recipe, str]) -> None:
     """Nothing is left to train; the student is written from the checkpoint, and is the same."""
     recipe, _ = finished
@@ -162,8 +172,11 @@ def test_a_mistake_in_a_task_is_refused_before_work(make_recipe: MakeRecipe) -> 
 
 def test_a_collapsed_student_stops_the_run(make_recipe: MakeRecipe, ray_cluster: None) -> None:
     recipe = make_recipe(train={"steps": 200, "lr": 5.0, "warmup_steps": 0, "log_every": 5, "evaluate_every": 200, "checkpoint_every": 200})
-    with pytest.raises(Refused, match=r"collapsed at step \d+.*Lower train\.lr \(now 5\.0\)"):
+    with pytest.raises(Refused, match=r"collapsed at step \d+.*Lower train\.lr \(now 5\.0\)") as refused:
         pipeline.distill(recipe)
+    run_id = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
+    step, cosine = track.curves(recipe, run_id, ["train/student_cosine"])["train/student_cosine"][-1]
+    assert f"collapsed at step {step}: mean cosine between its vectors {cosine:.3f}" in str(refused.value)
 
 
 def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: None) -> None:
@@ -209,7 +222,7 @@ def test_ctrl_c_says_that_the_same_command_continues(make_recipe: MakeRecipe, tm
         wait_for(lambda: b"  step     20 of" in log.read_bytes(), process)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
         assert process.wait(timeout=200) == 130, log.read_text()[-3000:]
-    assert "\nxdist: stopped; the same command continues this run\n" in log.read_text()
+    assert log.read_text().endswith("\nxdist: stopped; the same command continues this run\n")
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:

@@ -115,16 +115,16 @@ def rounded(size: int) -> int:
     return -(-size // grain) * grain
 
 
-def padded(rows: Sequence[np.ndarray], pad: int, longest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Token id arrays as one int64 array and its attention mask: (n, length of the longest row).
+def few_shapes(lengths: Sequence[int], longest: int) -> tuple[int, int]:
+    """A batch's (rows, columns), both rounded up; `longest` is the most tokens that a row can have. So a training meets few
+    shapes: for each new one a CPU's matrix library compiles kernels, which costs a quarter of a step's time, and keeps them."""
+    return rounded(len(lengths)), min(rounded(max(1, *lengths)), longest)
 
-    With `longest`, the most tokens that a row can have, both sides are rounded up, and rows of one padding token fill up the
-    array. So a training meets few shapes: for each new one a CPU's matrix library compiles kernels, which costs a quarter
-    of a step's time, and keeps them.
-    """
-    count, length = len(rows), max(1, *map(len, rows))
-    if longest:
-        count, length = rounded(count), max(length, min(rounded(length), longest))
+
+def padded(rows: Sequence[np.ndarray], pad: int, least: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+    """Token id arrays as one int64 array and its attention mask: (n, length of the longest row), or `least` where that is
+    more. Rows of one padding token fill it up."""
+    count, length = max(len(rows), least[0]), max(1, least[1], *map(len, rows))
     ids = np.full((count, length), pad, dtype=np.int64)
     mask = np.zeros((count, length), dtype=np.int64)
     mask[len(rows) :, 0] = 1

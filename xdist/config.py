@@ -31,6 +31,8 @@ class Run(Section):
     """Name of the run; its folder is <storage>/<name>."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://, abfs://) that holds runs and the store of teacher vectors."""
+    recipe_folder: str = ""
+    """Folder that {recipe} stands for in every text; by default the recipe file's own."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: order, new weights, samples, bootstrap."""
 

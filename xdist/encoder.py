@@ -85,12 +85,16 @@ class Encoder(torch.nn.Module):
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         rows = [np.asarray(row) for row in self.tokenize(texts, max_length)] if len(texts) else []
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        budget, pad = batch_tokens or BATCH_TOKENS[self.device.split(":")[0]], self.model.tokenizer.pad_token_id or 0
         finished, training = 0, self.training
         self.eval()
         with torch.inference_mode():
-            for batch in batching.token_batches(lengths, batch_tokens or BATCH_TOKENS[self.device.split(":")[0]]):
-                ids, mask = batching.padded([rows[index] for index in batch], self.model.tokenizer.pad_token_id or 0)
-                out[batch] = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)).cpu().numpy()
+            for batch in batching.token_batches(lengths, budget):
+                # The last of several batches is filled up: it has the shape of any other with texts of its length.
+                count = budget // max(1, int(lengths[batch[0]])) if finished else 0
+                ids, mask = batching.padded([rows[index] for index in batch], pad, (count, 0))
+                vectors = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device))
+                out[batch] = vectors[: len(batch)].cpu().numpy()
                 finished += len(batch)
                 if done:
                     done(finished)

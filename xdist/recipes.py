@@ -65,22 +65,23 @@ def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) 
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise Refused(f"recipe {path}: expected sections such as run: and data:, found {type(settings).__name__}")
-    settings = _placed(_merged(settings, overrides or {}), os.path.dirname(os.path.abspath(path)))
-    return _anchored(check(settings, str(path)))
+    settings = _merged(settings, overrides or {})
+    own = {"run": {"recipe_folder": os.path.dirname(os.path.abspath(path))}}
+    recipe = check(_merged(own, settings), str(path))
+    return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
 
 
-def _placed(value: Any, folder: str) -> Any:
-    """`{recipe}` in any text stands for the recipe's folder."""
+def _placed(value: Any, old: str, new: str) -> Any:
+    """`value` with `new` for `old` in every text inside it."""
     if isinstance(value, dict):
-        return {key: _placed(entry, folder) for key, entry in value.items()}
+        return {key: _placed(entry, old, new) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_placed(entry, folder) for entry in value]
-    return value.replace("{recipe}", folder) if isinstance(value, str) else value
+        return [_placed(entry, old, new) for entry in value]
+    return value.replace(old, new) if isinstance(value, str) and old else value
 
 
-def _anchored(recipe: Recipe) -> Recipe:
+def _anchored(settings: dict[str, Any]) -> Recipe:
     """Relative folders made absolute: workers run in folders of their own, and on other machines."""
-    settings = recipe.model_dump()
     for section, key in (("run", "storage"), ("data", "root")):
         settings[section][key] = absolute(settings[section][key])
     for section, key in (("teacher", "model"), ("student", "base")):
@@ -115,8 +116,8 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old → new` for each key whose value differs, apart from where things lie, run and are tracked."""
-    free = ("cluster.", "track.", "run.storage", "data.root")
-    before, after = dict(flatten(old)), dict(flatten(new))
+    free = ("cluster.", "track.", "run.storage", "run.recipe_folder", "data.root")
+    before, after = (dict(flatten(_placed(settings, settings["run"].get("recipe_folder", ""), "{recipe}"))) for settings in (old, new))
     keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(free))
     return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 

@@ -244,9 +244,8 @@ class Order:
 
     def _batch(self, tensors: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
         offsets = tensors["offsets"]
-        ids, mask = batching.padded(
-            [tensors["ids"][offsets[row] : offsets[row + 1]] for row in rows], self.manifest.pad, self.manifest.longest
-        )
+        found = [tensors["ids"][offsets[row] : offsets[row + 1]] for row in rows]
+        ids, mask = batching.padded(found, self.manifest.pad, batching.few_shapes([*map(len, found)], self.manifest.longest))
         vectors = tensors["vectors"][tensors["group"][rows]].astype(np.float32)
         return Batch(ids, mask, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))  # float16 is not quite unit length
 
