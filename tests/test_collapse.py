@@ -7,6 +7,9 @@ import torch
 from torch.nn.functional import normalize
 
 from xdist import collapse
+from xdist.config import Train
+from xdist.errors import Collapsed
+from xdist.train import refuse_collapse
 
 
 def test_orthonormal_rows_have_cosine_zero_and_full_rank() -> None:
@@ -46,3 +49,13 @@ def test_measure_looks_at_the_first_rows_of_both_models() -> None:
     assert {name: round(value.item(), 4) for name, value in found.items()} == {
         "student_cosine": 0, "student_rank": 3, "teacher_cosine": 1, "teacher_rank": 1,
     }  # fmt: skip
+
+
+def test_what_is_not_finite_has_no_rank_and_is_refused_at_once() -> None:
+    vectors = normalize(torch.randn(8, 4), dim=1)
+    broken = vectors.clone()
+    broken[3, 1] = torch.nan
+    measured = {name: float(value) for name, value in collapse.measure(broken, vectors).items()}
+    assert math.isnan(measured["student_rank"])
+    with pytest.raises(Collapsed, match="effective rank nan"):
+        refuse_collapse(measured, 1, Train(warmup_steps=100))

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,32 @@ def test_damaged_json_is_refused_by_name(folder: str) -> None:
     files.write(f"{folder}/x.json", b"{")
     with pytest.raises(Refused, match=r"x\.json is not valid JSON"):
         files.read_json(f"{folder}/x.json")
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("abfs://box@account.dfs.core.windows.net/a/b", "box/a/b"),
+        ("gs://anonymous@bucket/a/b", "bucket/a/b"),
+        ("memory://bucket/a/b", "/bucket/a/b"),
+        ("file:///a/b", "/a/b"),
+    ],
+)
+def test_paths_are_as_the_filesystem_spells_them(uri: str, path: str) -> None:
+    assert files.resolve(uri)[1] == path
+
+
+def test_a_file_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/run/lock"
+    program = f"from xdist import files; files.hold({uri!r}); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(Refused, match=r"run/lock is held by another process"):
+            files.hold(uri)
+        other.kill()
+    files.hold(uri)
+    files.hold(uri)  # our own already
 
 
 def test_an_unknown_scheme_is_refused() -> None:

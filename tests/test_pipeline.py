@@ -151,15 +151,48 @@ def test_evaluated_anew(finished: tuple[Recipe, str]) -> None:
     assert "student after" in Path(recipe.folder, "report.html").read_text()
 
 
-def test_killed_between_the_last_step_and_the_export(finished: tuple[Recipe, str]) -> None:
+def test_killed_between_the_last_step_and_the_export(finished: tuple[Recipe, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is left to train; the student is written from the checkpoint, and is the same."""
     recipe, _ = finished
     weights = Path(recipe.folder, "student", "model.safetensors")
     before = load_file(weights)
     shutil.rmtree(weights.parent)
+    shutil.rmtree(Path(recipe.run.storage, "store"))  # the shards hold the vectors: nothing is embedded again
+    capsys.readouterr()
     pipeline.distill(recipe)
+    assert not {"embed", "step"} & set(capsys.readouterr().out.split())
     after = load_file(weights)
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_storage_that_moved_keeps_its_mlflow_run(finished: tuple[Recipe, str], tmp_path: Path) -> None:
+    recipe, _ = finished
+    moved = recipe.model_copy(update={"run": recipe.run.model_copy(update={"storage": f"{tmp_path}/moved"})})
+    shutil.copytree(recipe.run.storage, moved.run.storage)
+    run_id = files.read_json(f"{moved.folder}/mlflow.json")["run_id"]
+    pipeline.write_report(moved)
+    assert files.read_json(f"{moved.folder}/mlflow.json")["run_id"] == run_id
+    assert files.read_json(f"{moved.folder}/report.json")["curves"]["train/loss"]
+
+
+def test_a_run_deleted_in_mlflow_begins_a_new_one(finished: tuple[Recipe, str]) -> None:
+    import mlflow
+
+    recipe, _ = finished
+    deleted = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
+    client = mlflow.MlflowClient(track.uri_of(recipe))
+    client.delete_run(deleted)
+    pipeline.distill(recipe)
+    new = client.get_run(files.read_json(f"{recipe.folder}/mlflow.json")["run_id"])
+    assert new.info.run_id != deleted
+    assert [entry.dataset.name for entry in new.inputs.dataset_inputs] == [corpus.name for corpus in recipe.data.corpora]
+    assert new.data.metrics["embed/embedded"] == 400
+
+
+def test_more_workers_than_the_machine_has_cores_are_refused(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    recipe = make_recipe(cluster={"workers": 1000}, train={"micro_batches": 1000})
+    with pytest.raises(Refused, match=r"cluster\.workers: 1000 workers with 1 CPU each need more than the \d+ of this machine"):
+        pipeline.distill(recipe)
 
 
 def test_a_mistake_in_a_task_is_refused_before_work(make_recipe: MakeRecipe) -> None:

@@ -47,13 +47,16 @@ def connected(settings: Cluster) -> Iterator[None]:
         _quiet(settings.verbose)
         local: dict[str, Any] = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
         with contextlib.nullcontext() if settings.verbose else _stderr_closed():
-            ray.init(
-                address=address,
-                log_to_driver=settings.verbose,
-                logging_level=logging.INFO if settings.verbose else logging.ERROR,
-                runtime_env={"env_vars": _environment()},
-                **local,
-            )
+            try:
+                ray.init(
+                    address=address,
+                    log_to_driver=settings.verbose,
+                    logging_level=logging.INFO if settings.verbose else logging.ERROR,
+                    runtime_env={"env_vars": _environment()},
+                    **local,
+                )
+            except ConnectionError as error:
+                raise Refused(f"cluster.address: no Ray answers at {address}: {error}") from None
         _quiet(settings.verbose)  # Ray Data sets its own levels when it is imported
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = settings.verbose
@@ -93,17 +96,38 @@ def _stderr_closed() -> Iterator[None]:
 
 
 def resources(settings: Cluster) -> tuple[int, float]:
-    """(CPUs, GPUs) of a training worker or teacher actor, from the settings or from what the cluster has."""
+    """(CPUs, GPUs) of a training worker or teacher actor, from the settings or from what the cluster's machines have. Raises
+    Refused where a local Ray has less; a cluster may still grow."""
     import ray
 
     total = ray.cluster_resources()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")] or [total]
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
     cpus = settings.cpus_per_worker
     if cpus is None:
-        cpus = 1 if gpus else max(1, int(total.get("CPU", 1)) // settings.workers)
+        largest = int(max(machine.get("CPU", 1) for machine in machines))
+        cpus = 1 if gpus else max(1, largest // -(-settings.workers // len(machines)))
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        if _is_local(settings) and settings.workers * each > total.get(name, 0):
+            raise Refused(
+                f"cluster.workers: {settings.workers} workers with {each:g} {name} each need more than the {total.get(name, 0):g} of "
+                f"this machine; lower cluster.workers or cluster.{name.lower()}s_per_worker"
+            )
     return cpus, gpus
+
+
+def at_once(settings: Cluster) -> tuple[int, int]:
+    """(teacher actors, training workers) that add speed: on one machine without GPUs they share its cores."""
+    import ray
+
+    parts = int(ray.cluster_resources().get("GPU", 0)) or sum(node["Alive"] for node in ray.nodes())
+    return min(teacher_actors(settings), parts), min(settings.workers, parts)
+
+
+def _is_local(settings: Cluster) -> bool:
+    return not (settings.address or os.environ.get("RAY_ADDRESS"))
 
 
 def teacher_actors(settings: Cluster) -> int:
@@ -174,6 +198,7 @@ def stream(
     if not items:
         return
     data: Any = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
+    data.context.execution_no_progress_timeout_s = -1  # Ray Data would end a run in which one file takes more than half an hour
     with watched(lambda done, share, _: progress.update(done, share)) as board:
         if actors:
             mapped = data.map_batches(

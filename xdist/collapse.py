@@ -1,5 +1,7 @@
 """Is the student mapping everything to one point? Two measures of a batch of unit vectors, against the teacher's."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,10 @@ def mean_cosine(vectors: Tensor) -> Tensor:
 
 
 def effective_rank(vectors: Tensor) -> Tensor:
-    """Exponential of the entropy of the normalised singular values of the centred rows (Roy & Vetterli 2007)."""
+    """Exponential of the entropy of the normalised singular values of the centred rows (Roy & Vetterli 2007); NaN where a
+    value is not finite."""
+    if not vectors.isfinite().all():
+        return vectors.new_tensor(math.nan)
     values = torch.linalg.svdvals((vectors - vectors.mean(0)).float())
     share = values / values.sum().clamp_min(1e-12)
     return torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum())

@@ -51,8 +51,6 @@ class Prepared:
     digests: dict[str, str]
     rejected: Counts
     rejected_by_corpus: dict[str, Counts]
-    source_characters: int
-    target_characters: int
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -149,8 +147,6 @@ def _summary(recipe: Recipe, shards: int, read: list[Any], grouped: list[Any]) -
         digests={name: f"{number % 2**64:016x}" for name, number in total("digests").items()},
         rejected=dict(sum(rejected.values(), collections.Counter()).most_common()),
         rejected_by_corpus={name: dict(counts.most_common()) for name, counts in rejected.items()},
-        source_characters=sum(result["source_characters"] for result in grouped),
-        target_characters=sum(result["target_characters"] for result in grouped),
     )
 
 

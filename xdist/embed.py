@@ -4,7 +4,6 @@ Reads <run>/corpus/, writes missing vectors to the embedding store, shard by sha
 more text, only sentences that the store has never seen.
 """
 
-import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,4 +97,4 @@ class TeacherActor:
                 texts, self.settings.batch_tokens, lambda done: board.count(str(shard), done), self.settings.max_length
             )
             self.store.write(self.shards, shard, hashes[missing], vectors)
-        return {"shard": shard, "embedded": len(missing), "node": os.uname().nodename}
+        return {"shard": shard, "embedded": len(missing)}

@@ -14,23 +14,29 @@ import posixpath
 import secrets
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from xdist.errors import Refused
 
+_held: dict[str, IO[bytes]] = {}
+
 
 @functools.lru_cache(maxsize=64)
-def _backend(scheme: str, authority: str) -> pafs.FileSystem:
+def _backend(scheme: str, authority: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem, and what it calls the folder at the root of this authority ("" or with a slash behind)."""
     try:
-        return pafs.FileSystem.from_uri(f"{scheme}://{authority}/x")[0]
+        fs, path = pafs.FileSystem.from_uri(f"{scheme}://{authority}/x")
+        return fs, path[:-1]
+    except OSError as error:
+        raise Refused(f"{scheme}://{authority} cannot be reached: {error}; check its name, the network and your credentials") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         import fsspec
 
         try:
-            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme))), ""
         except (ImportError, ValueError) as error:
             raise Refused(f"storage scheme {scheme}:// is not available: {error}") from None
 
@@ -42,10 +48,11 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, _, rest = uri.partition("://")
     if scheme == "file":
         return pafs.LocalFileSystem(), rest
-    fs = _backend(scheme, rest.partition("/")[0])
+    authority, _, inner = rest.partition("/")
+    fs, root = _backend(scheme, authority)
     if isinstance(fs, pafs.PyFileSystem):  # fsspec's own spelling, which some of its file systems insist on
         return fs, fs.handler.fs._strip_protocol(uri)
-    return fs, rest.strip("/")
+    return fs, f"{root}{inner}".strip("/")
 
 
 def is_local(uri: str) -> bool:
@@ -185,7 +192,7 @@ def upload(folder: str, uri: str, last: str = "") -> None:
     temporary, old = f"{path}.tmp-{token}", f"{path}.old-{token}"
     with _room_for(uri):
         try:
-            shutil.copytree(folder, temporary)
+            shutil.copytree(folder, temporary, copy_function=_copied)
             if os.path.lexists(path):
                 os.replace(path, old)
             os.replace(temporary, path)
@@ -193,6 +200,30 @@ def upload(folder: str, uri: str, last: str = "") -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copied(source: str, target: str) -> str:
+    with open(source, "rb") as inside, open(target, "wb") as outside:
+        shutil.copyfileobj(inside, outside)
+        outside.flush()
+        os.fsync(outside.fileno())
+    return target
+
+
+def hold(uri: str) -> None:
+    """Keep a file to this process until it ends, where storage is local. Raises Refused where another process holds it."""
+    import fcntl
+
+    if not is_local(uri) or uri in _held:
+        return
+    path = resolve(uri)[1]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    stream = open(path, "ab")  # noqa: SIM115  (open, and so held, as long as the process lives)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"{uri} is held by another process that works in this folder; wait for it, or end it") from None
+    _held[uri] = stream
 
 
 def download(uri: str, folder: str) -> str:

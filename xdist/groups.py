@@ -72,8 +72,6 @@ def _counts(folder: str, shard: int) -> dict[str, Any]:
         "by_corpus": by_corpus,
         "digests": _digests(table),
         "duplicates": files.read_json(f"{folder}/parts/duplicates-{shard:05d}.json"),
-        "source_characters": pc.sum(pc.utf8_length(table["source"])).as_py() or 0,
-        "target_characters": pc.sum(pc.utf8_length(table["texts"].combine_chunks().flatten())).as_py() or 0,
     }
 
 

@@ -4,6 +4,7 @@ prepare → build the student → plan → embed → tokenise → train → eval
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,9 +23,10 @@ BEFORE_TRAINING = ("parts", "corpus", "rejects", "initial", "plan.json", "select
 def settle(recipe: Recipe) -> None:
     """Claim the run's folder for this recipe, or continue in it. Where another recipe claimed it but got no further than a
     plan, the run begins anew; after that, raises Refused."""
-    uri = f"{recipe.folder}/recipe.yaml"
     import yaml
 
+    files.hold(f"{recipe.folder}/lock")
+    uri = f"{recipe.folder}/recipe.yaml"
     settings = recipe.model_dump(mode="json")
     differences = differing(yaml.safe_load(files.read(uri)), settings) if files.exists(uri) else []
     if differences and files.exists(f"{recipe.folder}/mlflow.json"):
@@ -93,7 +95,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
         with track.run(recipe, "distill") as run_id:
             _embed_and_train(recipe, prepared, teacher, fingerprint, initial, run_id)
             rows = _evaluate(recipe, run_id)
-            _once(recipe, "model", lambda: _log_results(recipe))
+            _once(recipe, "model", lambda: _log_model(recipe))
     say(report.table(recipe, rows))
     say(_next(recipe, time.monotonic() - started))
 
@@ -101,7 +103,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
 def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, store: Any) -> None:
     from xdist import planning
 
-    plan = planning.make(recipe, prepared, teacher, untrained, store, recipe.cluster.workers)
+    plan = planning.make(recipe, prepared, teacher, untrained, store, cluster.at_once(recipe.cluster))
     planning.write(recipe, plan)
     planning.show(recipe, plan)
 
@@ -111,9 +113,10 @@ def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerpri
     from xdist import selection, shards, track, train
 
     _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, prepared.digests))
-    embedded = embedding.embed(recipe, prepared, fingerprint)
-    _keep(recipe, embedded)
-    _once(recipe, "embed", lambda: track.log_metrics({f"embed/{key}": float(value) for key, value in asdict(embedded).items()}))
+    if not files.exists(f"{recipe.folder}/shards/manifest.json"):  # afterwards the shards hold the vectors
+        _keep(recipe, embedding.embed(recipe, prepared, fingerprint))
+    embedded = files.read_json(f"{recipe.folder}/embed.json")
+    _once(recipe, "embed", lambda: track.log_metrics({f"embed/{key}": float(value) for key, value in embedded.items()}))
     manifest = shards.cut(recipe, prepared, fingerprint, initial)
     if not files.exists(f"{recipe.folder}/student/modules.json"):
         selection.prepare(recipe, teacher)
@@ -127,7 +130,7 @@ def _evaluate(recipe: Recipe, run_id: str, anew: bool = False) -> list[dict[str,
 
     rows = evaluation.evaluate(recipe, anew)
     track.log_metrics(report.as_metrics(rows))
-    report.write(recipe, run_id)
+    _report(recipe, run_id)
     return rows
 
 
@@ -144,14 +147,14 @@ def evaluate(recipe: Recipe) -> None:
 
 def write_report(recipe: Recipe) -> None:
     """Write the report of a finished run again."""
-    from xdist import report, track
+    from xdist import track
 
     settle(recipe)
     _need_student(recipe)
     if not files.exists(f"{recipe.folder}/evaluation.json"):
         raise Refused(f"run {recipe.run.name} has not been evaluated yet; run jobs/evaluate.py first")
     with track.run(recipe, "report") as run_id:
-        report.write(recipe, run_id)
+        _report(recipe, run_id)
     say(f"report    {recipe.folder}/report.html")
 
 
@@ -160,14 +163,12 @@ def _need_student(recipe: Recipe) -> None:
         raise Refused(f"run {recipe.run.name} has no student in {recipe.folder} yet; run jobs/distill.py first")
 
 
-def _once(recipe: Recipe, name: str, work: Callable[[], object]) -> bool:
-    """Do what must not be done twice in one run's life (logging); tells whether it was done now."""
+def _once(recipe: Recipe, name: str, work: Callable[[], object]) -> None:
+    """Do what must not be done twice in one MLflow run's life."""
     marker = f"{recipe.folder}/logged/{name}.json"
-    if files.exists(marker):
-        return False
-    work()
-    files.write_json(marker, {"at": time.time()})
-    return True
+    if not files.exists(marker):
+        work()
+        files.write_json(marker, {"at": time.time()})
 
 
 def _keep(recipe: Recipe, embedded: Any) -> None:
@@ -177,14 +178,21 @@ def _keep(recipe: Recipe, embedded: Any) -> None:
         files.write_json(marker, asdict(embedded))
 
 
-def _log_results(recipe: Recipe) -> None:
-    import tempfile
-
+def _log_model(recipe: Recipe) -> None:
     from xdist import track
 
     with tempfile.TemporaryDirectory() as scratch:
         student = files.download(f"{recipe.folder}/student", os.path.join(scratch, "student"))
-        track.log_model(student, ["The patient has pneumonia.", "Der Patient hat eine Lungenentzündung."])
+        example = ["The patient has pneumonia.", "Der Patient hat eine Lungenentzündung."]
+        track.log_model(student, example, recipe.teacher.trust_remote_code)
+
+
+def _report(recipe: Recipe, run_id: str) -> None:
+    """Write the report, and keep it in MLflow."""
+    from xdist import report, track
+
+    report.write(recipe, run_id)
+    with tempfile.TemporaryDirectory() as scratch:
         for name in ("recipe.yaml", "plan.json", "report.json", "report.html"):
             path = os.path.join(scratch, name)
             with open(path, "wb") as stream:

@@ -48,8 +48,8 @@ class Plan:
     token_lengths: dict[str, list[int]]
 
 
-def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder, store: VectorStore, workers: int) -> Plan:
-    """Probe teacher and student on a sample of the corpus; `workers` share the work."""
+def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder, store: VectorStore, at_once: tuple[int, int]) -> Plan:
+    """Probe teacher and student on a sample of the corpus; `at_once` teacher actors and training workers share the work."""
     cached = prepared.sentences - sum(missing_per_shard(recipe, prepared, store))
     sources, texts = _sample(recipe, prepared)
     rate = _embed_rate(recipe, teacher, sources)
@@ -77,8 +77,8 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
         teacher_sentences_per_second=rate,
         student_tokens_per_second=training_rate,
         arithmetic=f"{str(student.dtype).removeprefix('torch.')} on {student.device}, {student.body.config._attn_implementation} attention",
-        embed_seconds=(prepared.sentences - cached) / rate / workers,
-        train_seconds=steps * recipe.train.batch_tokens / training_rate / workers,
+        embed_seconds=(prepared.sentences - cached) / rate / at_once[0],
+        train_seconds=steps * recipe.train.batch_tokens / training_rate / at_once[1],
         token_lengths={lang: np.bincount(np.minimum(found, recipe.student.max_length)).tolist() for lang, found in lengths.items()},
     )
 

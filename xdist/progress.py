@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, stage: str, unit: str, total: int | None = None):
         self.stage, self.unit, self.total = stage, unit, total
         self.done, self.share, self.started, self.shown = 0, 0.0, time.monotonic(), 0.0
+        self.first: tuple[float, int, float] | None = None  # when the first of it was done: until then, workers start
         self.terminal = sys.stdout.isatty()
 
     def __enter__(self) -> "Progress":
@@ -38,21 +39,25 @@ class Progress:
     def update(self, done: int, share: float = 0.0) -> None:
         """Tell how much is done so far; and what share of the whole that is, where there is no total."""
         changed, self.done, self.share = done != self.done, done, done / self.total if self.total else share
+        if changed and not self.first:
+            self.first = (time.monotonic(), self.done, self.share)
         if changed and time.monotonic() - self.shown > (0.2 if self.terminal else 5.0):
             self._show()
 
     def _show(self, last: bool = False) -> None:
         now = time.monotonic()
-        rate = self.done / max(now - self.started, 1e-9)
+        began, done, share = (self.started, 0, 0.0) if last or not self.first else self.first
+        rate = (self.done - done) / max(now - began, 1e-9)
         parts = [f"{self.stage:<9} {self.done:>11,}"]
         parts.append(f"of {self.total:,} {self.unit}" if self.total and not last else self.unit)
         if self.share and not last:
             parts.append(f" {self.share:4.0%}")
-        parts.append(f"  {rate:,.0f}/s")
         if last:
-            parts.append(f"  in {duration(now - self.started)}")
-        elif self.share:
-            parts.append(f"  {duration((now - self.started) * (1 - self.share) / self.share)} left")
+            parts.append(f"  {rate:,.0f}/s   in {duration(now - self.started)}")
+        elif rate:
+            parts.append(f"  {rate:,.0f}/s")
+            if self.share > share:
+                parts.append(f"  {duration((now - began) * (1 - self.share) / (self.share - share))} left")
         end = "\n" if last or not self.terminal else "\r"
         print(("\x1b[2K" if self.terminal else "") + " ".join(parts), end=end, flush=True)
         self.shown = now

@@ -14,9 +14,11 @@ import numpy as np
 
 from xdist import files, plots, shards, track
 from xdist.config import Recipe
+from xdist.evaluate import BASELINE
 
 Row = dict[str, Any]
 NAMES = {"teacher": "teacher", "before": "student before", "after": "student after"}
+COLUMNS = NAMES | {BASELINE: "character TF-IDF"}
 CURVES = ("train/loss", "train/cosine", "train/student_cosine", "train/student_rank", "train/sequences_per_second", "held_out/selection")
 
 
@@ -84,7 +86,8 @@ def gather(recipe: Recipe, run_id: str) -> dict[str, Any]:
 def _student(recipe: Recipe, scratch: str) -> Any:
     from xdist import encoder
 
-    return encoder.load(files.download(f"{recipe.folder}/student", os.path.join(scratch, "student")), "float32", "auto")
+    folder = files.download(f"{recipe.folder}/student", os.path.join(scratch, "student"))
+    return encoder.load(folder, "float32", "auto", recipe.teacher.trust_remote_code)
 
 
 def _task_lengths(recipe: Recipe, student: Any) -> dict[str, list[int]]:
@@ -125,7 +128,7 @@ def html(recipe: Recipe, found: dict[str, Any], pictures: dict[str, bytes]) -> s
     for row in found["evaluation"]:
         cells[(row["task"], row["metric"], row["language"])][row["model"]] = row
     return environment.get_template("report.html.jinja").render(
-        recipe=recipe, found=found, images=images, cells=cells, names=NAMES, source=recipe.data.source_language
+        recipe=recipe, found=found, images=images, cells=cells, names=COLUMNS, source=recipe.data.source_language
     )
 
 

@@ -53,7 +53,10 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
     with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as whole:
         body.save_pretrained(plain)
         tokenizer.save_pretrained(plain)
-        transformer = Transformer(plain, max_seq_length=recipe.student.max_length)
+        trusted: Any = {"trust_remote_code": recipe.teacher.trust_remote_code}
+        transformer = Transformer(
+            plain, max_seq_length=recipe.student.max_length, model_kwargs=trusted, config_kwargs=trusted, processor_kwargs=trusted
+        )
         modules = [copy.deepcopy(module) for module in list(base)[1:] if not isinstance(module, Normalize)]
         if not any(isinstance(module, Pooling) for module in modules):
             modules.insert(0, Pooling(body.config.hidden_size))
@@ -62,8 +65,8 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
             torch.manual_seed(recipe.run.seed)
             modules.append(Dense(out, dimension, bias=False, activation_function=nn.Identity()))
         model = SentenceTransformer(modules=[transformer, *modules, Normalize()], device="cpu")
-        model.save(whole, create_model_card=False)
-        files.upload(whole, uri, last="modules.json")
+        model.save(os.path.join(whole, "initial"), create_model_card=False)  # a folder that others may read, unlike a temporary one
+        files.upload(os.path.join(whole, "initial"), uri, last="modules.json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"          {body.config.num_hidden_layers} layers, {len(tokenizer):,} tokens, {parameters / 1e6:.1f} M parameters")
     return uri

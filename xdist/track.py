@@ -45,6 +45,18 @@ def _experiment(client: Any, recipe: Recipe) -> str:
     return str(client.create_experiment(recipe.track.experiment, artifact_location=artifacts))
 
 
+def _holds(client: Any, run_id: str) -> bool:
+    """Whether the store has this run; one that was deleted in MLflow's pages counts as gone."""
+    import mlflow
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
 @contextlib.contextmanager
 def run(recipe: Recipe, job: str) -> Iterator[str]:
     """The MLflow run of this job for the length of the context: a new one, or the one that an earlier start of the same
@@ -53,14 +65,14 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
 
     _quiet()
     uri, marker = uri_of(recipe), f"{recipe.folder}/mlflow.json"
-    if files.is_local(recipe.run.storage):
-        os.makedirs(recipe.run.storage, exist_ok=True)
     mlflow.set_tracking_uri(uri)
-    known = files.read_json(marker) if files.exists(marker) else {}
+    run_id = files.read_json(marker)["run_id"] if files.exists(marker) else None
     try:
         client = mlflow.MlflowClient(uri)
         mlflow.set_experiment(experiment_id=_experiment(client, recipe))
-        run_id = known.get("run_id") if known.get("uri") == uri else None
+        if run_id and not _holds(client, run_id):
+            run_id = None
+            files.remove(f"{recipe.folder}/logged")  # what another store holds, this one is to hold too
         active = mlflow.start_run(run_id=run_id, run_name=None if run_id else recipe.run.name, log_system_metrics=True)
     except Exception as error:
         raise Refused(f"track.uri: MLflow cannot be reached at {uri}: {type(error).__name__}: {error}") from None
@@ -69,7 +81,7 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
             mlflow.set_tags({"xdist.job": job})
             flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
             mlflow.log_params(flat)
-            files.write_json(marker, {"run_id": active.info.run_id, "uri": uri})
+            files.write_json(marker, {"run_id": active.info.run_id})
         yield active.info.run_id
 
 
@@ -115,14 +127,14 @@ def log_artifacts(paths: list[str]) -> None:
             mlflow.log_artifact(path)
 
 
-def log_model(folder: str, example: list[str]) -> str:
+def log_model(folder: str, example: list[str], trust_remote_code: bool = False) -> str:
     """The student as an MLflow model, with signature and example; gives its URI."""
     import mlflow
     import mlflow.sentence_transformers
     from mlflow.models import infer_signature
     from sentence_transformers import SentenceTransformer
 
-    student = SentenceTransformer(folder, device="cpu", local_files_only=True)
+    student = SentenceTransformer(folder, device="cpu", local_files_only=True, trust_remote_code=trust_remote_code)
     signature = infer_signature(example, student.encode(example))
     info = mlflow.sentence_transformers.log_model(
         model=student, name="student", signature=signature, input_example=example, pip_requirements=["sentence-transformers"]

@@ -139,12 +139,11 @@ def _train_here(config: dict[str, Any]) -> None:
         student = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
     freeze_unused(student)
     optimizer = make_optimizer(student, recipe, world)
-    start, best = Position(), WORST
+    start = Position()
     resumed = ray.train.get_checkpoint()
     if resumed:
         with resumed.as_directory() as folder:
-            start, more = checkpoint.load(folder, student, optimizer)
-            best = more["best"]
+            start = checkpoint.load(folder, student, optimizer)
     model = ray.train.torch.prepare_model(student, move_to_device=False) if world > 1 else student
     order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, shards.Manifest(**config["manifest"]))
     judge = selection.Judge(recipe) if rank == 0 else None
@@ -167,9 +166,8 @@ def _train_here(config: dict[str, Any]) -> None:
                 if judge and (last or position.step % recipe.train.evaluate_every == 0):
                     scores = judge.scores(student)
                     score = float(np.mean(list(scores.values()))) if scores else float(position.step)
-                    best = max(best, score)
                     meter.evaluated(position.step, scores, score)
-                _report(ray.train, rank, student, optimizer, position, score, best)
+                _report(ray.train, rank, student, optimizer, position, score)
                 meter.pause()
 
 
@@ -223,10 +221,10 @@ def freeze_unused(student: Any) -> None:
 
 def refuse_collapse(measured: dict[str, float], done: int, settings: Train) -> None:
     """Stop a student that maps everything to nearly one point, once it has had time to spread. Raises Collapsed."""
-    if done <= 2 * settings.warmup_steps + settings.log_every:
-        return
     cosine, rank = measured["student_cosine"], measured["student_rank"]
-    if (cosine > 0.95 and cosine > measured["teacher_cosine"] + 0.1) or rank < 0.05 * measured["teacher_rank"] or math.isnan(cosine):
+    if done <= 2 * settings.warmup_steps + settings.log_every and not math.isnan(rank):
+        return
+    if math.isnan(rank) or (cosine > 0.95 and cosine > measured["teacher_cosine"] + 0.1) or rank < 0.05 * measured["teacher_rank"]:
         raise Collapsed(
             f"the student collapsed at step {done}: mean cosine between its vectors {cosine:.3f} "
             f"(teacher {measured['teacher_cosine']:.3f}), effective rank {rank:.1f} (teacher {measured['teacher_rank']:.1f}). "
@@ -234,7 +232,7 @@ def refuse_collapse(measured: dict[str, float], done: int, settings: Train) -> N
         )
 
 
-def _report(api: Any, rank: int, student: Any, optimizer: Any, position: Position, score: float, best: float) -> None:
+def _report(api: Any, rank: int, student: Any, optimizer: Any, position: Position, score: float) -> None:
     """Every rank reports as often as every other; rank 0 brings the checkpoint."""
     from xdist import checkpoint
 
@@ -242,7 +240,7 @@ def _report(api: Any, rank: int, student: Any, optimizer: Any, position: Positio
         api.report({"selection": score})
         return
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, student, optimizer, position, best=best)
+        checkpoint.save(folder, student, optimizer, position)
         api.report({"selection": score, "step": position.step}, checkpoint=api.Checkpoint.from_directory(folder))
 
 
