@@ -178,7 +178,7 @@ def test_an_upload_to_a_full_disk_keeps_the_old_folder(tmp_path: Path, monkeypat
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(Refused, match="disk is full"):
         files.upload(str(new), str(target))
     assert (target / "a").read_text() == "1"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from xdist import records
+from xdist.errors import Refused
 from xdist.inflection import LANGUAGES, SOUND_RULES, Entry, Pick, render
 from xdist.phrases import Composer, Grammar, phrases
 
@@ -216,3 +218,9 @@ def spoil(path: Path, change: Callable[[dict], None]) -> Path:
 def test_broken_lexicon_is_refused_with_a_remedy(tmp_path: Path, change: Callable[[dict], None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(phrases(spoil(tmp_path, change)))
+
+
+def test_a_corpus_with_a_broken_lexicon_is_refused(tmp_path: Path) -> None:
+    broken = spoil(tmp_path, lambda d: d.pop("common"))
+    with pytest.raises(Refused, match=r"broken\.yaml: KeyError\('common'\); the file must be YAML with specialties"):
+        list(records.grammar(str(broken), ["en"]))

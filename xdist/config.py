@@ -241,7 +241,7 @@ class Task(Section):
     train: str | None = None
     """Training rows (classification); {lang} stands for the language. Never decontaminated away."""
     dev: str | None = None
-    """Development rows, used to select the checkpoint and kept out of training."""
+    """Development rows, kept out of training; those of classification and retrieval select the checkpoint."""
     test: str
     """Test rows, used once at the end and kept out of training."""
     text: str = "text"

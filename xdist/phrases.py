@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from xdist import files
 from xdist.inflection import AGREEMENT, CASES, LANGUAGES, SLOT, SOUND_RULES, Entry, Noun, Pick, render
 
 FORMS = {*CASES, "bare", "def", "indef", "generic", "partitive", "after_de", "plain", "adjective"}
@@ -77,11 +78,9 @@ class Grammar:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Grammar":
         """Read and check a grammar file. Raises ValueError naming the entry and the remedy."""
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
         try:
-            grammar = cls(yaml.safe_load(text))
-        except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            grammar = cls(yaml.safe_load(files.read(os.fspath(path)).decode()))
+        except (UnicodeDecodeError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{path}: {error!r}; the file must be YAML with specialties, patterns and common: links, "
                 "both, sides, aspirate_h, sites, adjectives, pools"

@@ -75,7 +75,13 @@ def grammar(path: str, columns: list[str], **_: Any) -> Iterator[Chunk]:
     """Phrases that a grammar composes (see xdist/phrases.py); a column is a language."""
     from xdist.phrases import phrases
 
-    return _collected(path, columns, enumerate(phrases(path), start=1))
+    def numbered() -> Iterator[tuple[int, Record]]:
+        try:
+            yield from enumerate(phrases(path), start=1)
+        except ValueError as error:
+            raise Refused(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+    return _collected(path, columns, numbered())
 
 
 def _collected(path: str, columns: list[str], records: Iterable[tuple[int, Record] | Bad]) -> Iterator[Chunk]:
