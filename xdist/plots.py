@@ -57,8 +57,8 @@ def _results(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     names = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     if not names:
         return None
-    figure, axes = pyplot.subplots(1, len(names), figsize=(1.5 + 3.6 * len(names), 3.4), squeeze=False, sharey=True, layout="constrained")
-    for axis, (task, metric) in zip(axes[0], names, strict=True):
+    figure, axes = _grid(len(names), 3.2)
+    for axis, (task, metric) in zip(axes, names, strict=True):
         here = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
         languages = list(dict.fromkeys(row["language"] for row in here))
         for offset, model in enumerate(MODELS):
@@ -73,9 +73,25 @@ def _results(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
         axis.set_xticks(range(len(languages)), languages)
         axis.grid(axis="x", visible=False)
         axis.set_title(f"{task}\n{metric.replace('_', ' ')}")
-    axes[0][0].set_ylabel("× 100")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return _labelled(figure, axes, "× 100")
+
+
+def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
+    """A figure of this many panels, three in a row at most, that share the vertical axis."""
+    across = min(3, panels)
+    down = -(-panels // across)
+    size = (1 + 3.4 * across, 0.6 + height * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis in list(axes.flat)[panels:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat)[:panels]
+
+
+def _labelled(figure: Figure, axes: list[Any], name: str) -> Figure:
+    """The name of the first panel's vertical axis, and one legend for all panels."""
+    axes[0].set_ylabel(name)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -85,11 +101,8 @@ def _few_shot(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     panels = list(dict.fromkeys((row["task"], row["language"]) for row in rows if row["language"] != recipe.data.source_language))
     if not panels:
         return None
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    size = (1 + 3.4 * across, 0.6 + 2.7 * down)
-    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, (task, lang) in zip(axes.flat, panels, strict=False):
+    figure, axes = _grid(len(panels), 2.7)
+    for axis, (task, lang) in zip(axes, panels, strict=True):
         for model, colour in COLOURS.items():
             here = [row for row in rows if (row["task"], row["language"], row["model"]) == (task, lang, model)]
             sizes = [int(row["metric"].split("_")[2]) for row in here]
@@ -99,12 +112,7 @@ def _few_shot(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_title(f"{task}, {lang}")
         axis.set_xlabel("labelled sentences")
-    axes[0][0].set_ylabel("accuracy × 100")
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(COLOURS))
-    return figure
+    return _labelled(figure, axes, "accuracy × 100")
 
 
 def _curves(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
