@@ -40,6 +40,7 @@ RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
         ("track: {uri: 'https://me:secret@host/'}", r"track\.uri holds a password.*MLFLOW_TRACKING_PASSWORD"),
         ("run: {storage: 's3://key:secret@bucket/x'}", r"run\.storage holds a password"),
         ("data: {corpora: [{name: a, path: 'ftp://me:secret@host/x'}]}", r"data\.corpora\.a\.path holds a password"),
+        ("evaluate: {tasks: [{name: t, kind: sts, test: 'ftp://me:secret@host/{lang}'}]}", r"evaluate\.tasks\.t\.test holds a password"),
         ("_env_file: /etc/passwd", "_env_file: unknown key"),
         ("_cli_parse_args: true", "_cli_parse_args: unknown key"),
         ("1: {}", "1: unknown key"),

@@ -42,7 +42,7 @@ def connected(settings: Cluster) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _address(settings)
     with warnings.catch_warnings():
         _quiet(settings.verbose)
         local: dict[str, Any] = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
@@ -110,7 +110,7 @@ def resources(settings: Cluster) -> tuple[int, float]:
         largest = int(max(machine.get("CPU", 1) for machine in machines))
         cpus = 1 if gpus else max(1, largest // -(-settings.workers // len(machines)))
     for name, each in (("CPU", cpus), ("GPU", gpus)):
-        if _is_local(settings) and settings.workers * each > total.get(name, 0):
+        if not _address(settings) and settings.workers * each > total.get(name, 0):
             raise Refused(
                 f"cluster.workers: {settings.workers} workers with {each:g} {name} each need more than the {total.get(name, 0):g} of "
                 f"this machine; lower cluster.workers or cluster.{name.lower()}s_per_worker"
@@ -126,8 +126,9 @@ def at_once(settings: Cluster) -> tuple[int, int]:
     return min(teacher_actors(settings), parts), min(settings.workers, parts)
 
 
-def _is_local(settings: Cluster) -> bool:
-    return not (settings.address or os.environ.get("RAY_ADDRESS"))
+def _address(settings: Cluster) -> str | None:
+    """The running Ray to use; None where one of our own is started."""
+    return settings.address or os.environ.get("RAY_ADDRESS")
 
 
 def teacher_actors(settings: Cluster) -> int:

@@ -335,13 +335,6 @@ class Recipe(BaseSettings):
                 raise ValueError(f"data.corpora: two corpora are called {name!r}; give each its own name")
         if len(tasks) < len(self.evaluate.tasks):
             raise ValueError("evaluate.tasks: two tasks have the same name; give each its own")
-        places = {"run.storage": self.run.storage, "data.root": self.data.root, "track.uri": self.track.uri or ""}
-        for name, value in (places | {f"data.corpora.{corpus.name}.path": corpus.path for corpus in self.data.corpora}).items():
-            if re.search(r"://[^/@]*:[^/@]+@", value):
-                raise ValueError(
-                    f"{name} holds a password, and recipes are kept and logged; give it by environment variables "
-                    "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …)"
-                )
         for corpus in self.data.corpora:
             for name in corpus.shares_ids_with:
                 if name not in tasks:

@@ -96,9 +96,16 @@ def check(settings: dict[str, Any], origin: str) -> Recipe:
         if key not in Recipe.model_fields:  # asked here: pydantic-settings takes names such as _env_file for its own
             raise Refused(f"{origin}: {key}: unknown key; {closest(str(key), list(Recipe.model_fields))}")
     try:
-        return Recipe(**settings)
+        recipe = Recipe(**settings)
     except ValidationError as error:
         raise Refused("\n".join(_explained(error, origin))) from None
+    for key, value in flatten(recipe.model_dump()):
+        if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
+            raise Refused(
+                f"{origin}: {key} holds a password, and recipes are kept and logged; give it by environment variables "
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …)"
+            )
+    return recipe
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
