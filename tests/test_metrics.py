@@ -1,7 +1,10 @@
 """Measures against scikit-learn and against loops written out."""
 
+import math
+
 import numpy as np
 import pytest
+import scipy.special
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -81,6 +84,19 @@ def test_nearest_of_nothing() -> None:
 def test_retrieved_by_hand() -> None:
     keys = np.eye(3, dtype=np.float32)
     assert metrics.retrieved(keys[[0, 2, 2]], keys).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("block", [1, 4, 1024])
+def test_own_probability_is_the_softmax_of_all_cosines(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    queries, keys = unit(10, 4, 0), unit(10, 4, 1)
+    wanted = scipy.special.softmax(queries @ keys.T / 0.1, axis=1).diagonal()
+    np.testing.assert_allclose(metrics.own_probability(queries, keys, 0.1), wanted, rtol=1e-5)
+
+
+def test_likelihood_by_hand() -> None:
+    assert metrics.likelihood(np.array([1.0, 0.0]), 4) == pytest.approx(math.sqrt(0.9925 * 0.0025))
+    assert metrics.likelihood(np.array([math.nan, math.nan]), 4) == pytest.approx(0.0025)  # of a student that broke
 
 
 @pytest.mark.parametrize("block", [1, 4, 1024])

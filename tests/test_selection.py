@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import sentences
+from scipy.special import softmax
+from scipy.stats import gmean
 from sklearn.linear_model import LogisticRegression
 
 from xdist import encoder, files, metrics, selection
@@ -44,7 +46,8 @@ def test_scores_are_those_computed_directly(recipe: Recipe, teacher: str) -> Non
     frozen = encoder.load(teacher, "float32")
     selection.prepare(recipe, frozen)
     student = Student()
-    scores = selection.Judge(recipe).scores(student)  # type: ignore[arg-type]
+    verdict = selection.Judge(recipe).judge(student)  # type: ignore[arg-type]
+    scores, likelihoods = verdict.accuracy, []
     assert set(scores) == {"retrieval/es", "retrieval/de", "translation/es", "translation/de", "topic/es", "topic/de"}
 
     rows = sentences(480)
@@ -55,17 +58,55 @@ def test_scores_are_those_computed_directly(recipe: Recipe, teacher: str) -> Non
         a, b = (fresh.encode([row[lang] for row in pool]) for lang in ("en", name[-2:]))
         cosines, own = a @ b.T, np.arange(len(pool))
         assert scores[name] == pytest.approx(((cosines.argmax(1) == own).mean() + (cosines.argmax(0) == own).mean()) / 2)
+        chances = [softmax(matrix / 0.05, axis=1).diagonal() for matrix in (cosines, cosines.T)]
+        likelihoods.append(gmean(0.99 * np.concatenate(chances) + 0.01 / len(pool)))
     known, labels = frozen.encode([row["en"] for row in train]), [row["label"] for row in train]
     head = LogisticRegression(C=metrics.chosen_regularisation(known, labels), max_iter=2000).fit(known, labels)
     for lang in ("es", "de"):
-        predicted = head.predict(fresh.encode([row[lang] for row in test]))
-        assert scores[f"topic/{lang}"] == pytest.approx((predicted == [row["label"] for row in test]).mean())
+        vectors, truth = fresh.encode([row[lang] for row in test]), [row["label"] for row in test]
+        assert scores[f"topic/{lang}"] == pytest.approx((head.predict(vectors) == truth).mean())
+        place = [list(head.classes_).index(label) for label in truth]
+        right = head.predict_proba(vectors)[np.arange(len(test)), place]
+        likelihoods.append(gmean(0.99 * right + 0.01 / len(head.classes_)))
+    assert verdict.score == pytest.approx(np.mean(likelihoods), rel=1e-4)
+
+
+def test_a_label_that_the_head_does_not_know_counts_as_wrong(recipe: Recipe, teacher: str) -> None:
+    selection.prepare(recipe, encoder.load(teacher, "float32"))
+    judge = selection.Judge(recipe)
+    head, texts, truth = judge.labelled["topic/es"]
+    judge.parallel.clear()
+    judge.labelled = {"topic/es": (head, texts, np.full(len(truth), -1))}
+    verdict = judge.judge(Student())  # type: ignore[arg-type]
+    assert verdict.accuracy == {"topic/es": 0.0}
+    assert verdict.score == pytest.approx(0.01 / len(head.classes))
+
+
+def test_the_score_tells_apart_what_accuracy_does_not(recipe: Recipe, teacher: str) -> None:
+    """Two students with the same right answers: the one that is surer of them is better."""
+    selection.prepare(recipe, encoder.load(teacher, "float32"))
+    judge = selection.Judge(recipe)
+    judge.labelled.clear()
+    same = {row[lang]: row["en"] for row in [*HELD, *sentences(480)[440:]] for lang in ("en", "es", "de")}
+
+    class Blurred(Student):
+        def __init__(self, noise: float) -> None:
+            super().__init__()
+            self.noise = noise
+
+        def encode(self, texts: Sequence[str]) -> np.ndarray:
+            vectors = super().encode([same[text] for text in texts]) + self.noise * super().encode(texts)
+            return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    clear, blurred = (judge.judge(Blurred(noise)) for noise in (0.1, 0.5))  # type: ignore[arg-type]
+    assert clear.accuracy == blurred.accuracy
+    assert (clear.score or 0) > (blurred.score or 0)
 
 
 def test_each_text_is_encoded_once(recipe: Recipe, teacher: str) -> None:
     selection.prepare(recipe, encoder.load(teacher, "float32"))
     student = Student()
-    selection.Judge(recipe).scores(student)  # type: ignore[arg-type]
+    selection.Judge(recipe).judge(student)  # type: ignore[arg-type]
     assert len(student.seen) == len(set(student.seen)) > 100
 
 
@@ -78,9 +119,11 @@ def test_a_student_that_is_perfect_scores_one(recipe: Recipe) -> None:
 
     tasks = [task for task in recipe.evaluate.tasks if task.kind == "retrieval"]
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": tasks})})
-    assert set(selection.Judge(recipe).scores(Perfect()).values()) == {1.0}  # type: ignore[arg-type]
+    verdict = selection.Judge(recipe).judge(Perfect())  # type: ignore[arg-type]
+    assert set(verdict.accuracy.values()) == {1.0}
+    assert 0.99 < (verdict.score or 0) <= 1
 
 
 def test_nothing_to_judge_by(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe(evaluate={"tasks": []})
-    assert selection.Judge(recipe).scores(Student()) == {}  # type: ignore[arg-type]
+    assert selection.Judge(recipe).judge(Student()) == selection.Verdict({}, None)  # type: ignore[arg-type]

@@ -42,7 +42,12 @@ def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
         for _ in cluster.stream(items, ModelEncoder, progress, actors=len(items) if gpus else 1, cpus=cpus, gpus=gpus, **arguments):
             pass
     vectors = {model: dict(zip(texts, _load(recipe, model), strict=True)) for model in MODELS}
-    rows = [row for task in recipe.evaluate.tasks for row in _task_rows(recipe, task, vectors)]
+    rows: list[Row] = []
+    with Progress("measure", "scores") as progress:
+        for task in recipe.evaluate.tasks:
+            for row in _task_rows(recipe, task, vectors):
+                rows.append(row)
+                progress.update(len(rows))
     files.write_json(uri, rows)
     files.remove(f"{recipe.folder}/evaluation")
     return rows

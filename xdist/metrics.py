@@ -49,6 +49,26 @@ def retrieved(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return nearest(queries, keys) == np.arange(len(queries))
 
 
+def own_probability(queries: np.ndarray, keys: np.ndarray, temperature: float) -> np.ndarray:
+    """Probability, shape (n,), that the softmax of a query's cosines / temperature over all keys gives its own key."""
+    found = []
+    for start in range(0, len(queries), BLOCK):
+        logits = queries[start : start + BLOCK] @ keys.T / temperature
+        found.append(_softmax(logits)[np.arange(len(logits)), start + np.arange(len(logits))])
+    return np.concatenate(found)
+
+
+def likelihood(probabilities: np.ndarray, choices: int) -> float:
+    """Geometric mean of the probabilities given to what is right among `choices`, in (0, 1]: exp(-log loss). One part in a
+    hundred is spread evenly, so that no single item, held impossible, decides."""
+    return float(np.exp(np.log(0.99 * np.nan_to_num(probabilities) + 0.01 / choices).mean()))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
 def margin_retrieved(queries: np.ndarray, keys: np.ndarray, neighbours: int = 4) -> np.ndarray:
     """As `retrieved`, by margin: cosine over the mean cosine to the nearest neighbours of both sides (Artetxe & Schwenk
     2019, 1811.01136). The error rate of this is xsim."""
@@ -82,6 +102,10 @@ class Head:
     def predict(self, vectors: Any) -> np.ndarray:
         """Class index of each row, dense or sparse, shape (n,)."""
         return np.argmax(vectors @ self.weights.T + self.bias, axis=1)
+
+    def probabilities(self, vectors: np.ndarray) -> np.ndarray:
+        """Of each class, shape (n, classes)."""
+        return _softmax(vectors @ self.weights.T + self.bias)
 
 
 def chosen_regularisation(vectors: np.ndarray, labels: list[str]) -> float:

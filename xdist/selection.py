@@ -1,11 +1,15 @@
-"""Selection: which checkpoint is best. The mean of retrieval on held-out text and probe accuracy on dev sets, never the
-training loss.
+"""Selection: which checkpoint is best, by retrieval on held-out text and zero-shot probes on dev sets, never by the training
+loss.
+
+People read accuracies; the choice is made by likelihood. Between checkpoints of equal quality an accuracy on a few hundred
+sentences jumps by a point and more, and by such luck a student from the middle of training beat the final one.
 
 Reads <run>/holdout/ and the tasks' dev files, writes <run>/selection/ (heads fitted on the teacher's vectors).
 """
 
 import io
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +41,20 @@ def _head(uri: str) -> Head:
     return Head(found["weights"], found["bias"], json.loads(found["classes"].tobytes()))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """`accuracy` by name, in [0, 1]: retrieval (mean of both directions) and zero-shot classification. `score`: the mean
+    over the same names of the likelihood of what is right, None where there is nothing to judge by."""
+
+    accuracy: dict[str, float]
+    score: float | None
+
+
 class Judge:
     """Scores a student; reads its texts once."""
 
     def __init__(self, recipe: Recipe):
-        self.source = recipe.data.source_language
+        self.source, self.temperature = recipe.data.source_language, recipe.train.loss_temperature
         self.parallel: dict[str, dict[str, list[str]]] = {}
         self.labelled: dict[str, tuple[Head, list[str], np.ndarray]] = {}
         groups = shards.holdout(recipe.folder)
@@ -61,15 +74,21 @@ class Judge:
                     truth = np.array([head.classes.index(label) if label in head.classes else -1 for label in rows["label"]])
                     self.labelled[f"{task.name}/{lang}"] = (head, rows["text"], truth)
 
-    def scores(self, student: "Encoder") -> dict[str, float]:
-        """Accuracy by name: retrieval (mean of both directions) and zero-shot classification, each in [0, 1]."""
-        found: dict[str, float] = {}
+    def judge(self, student: "Encoder") -> Verdict:
+        """Encode every text once and compare."""
+        accuracy: dict[str, float] = {}
+        likelihoods: list[float] = []
         texts = [text for sides in self.parallel.values() for side in sides.values() for text in side]
         texts = list(dict.fromkeys(texts + [text for _, rows, _ in self.labelled.values() for text in rows]))
         place, vectors = {text: number for number, text in enumerate(texts)}, student.encode(texts)
         for name, sides in self.parallel.items():
             a, b = (vectors[[place[text] for text in side]] for side in sides.values())
-            found[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
+            accuracy[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
+            own = [metrics.own_probability(*both, self.temperature) for both in ((a, b), (b, a))]
+            likelihoods.append(metrics.likelihood(np.concatenate(own), len(a)))
         for name, (head, rows, truth) in self.labelled.items():
-            found[name] = float((head.predict(vectors[[place[text] for text in rows]]) == truth).mean())
-        return found
+            probabilities = head.probabilities(vectors[[place[text] for text in rows]])
+            accuracy[name] = float((probabilities.argmax(axis=1) == truth).mean())
+            right = np.where(truth >= 0, probabilities[np.arange(len(truth)), truth], 0.0)
+            likelihoods.append(metrics.likelihood(right, len(head.classes)))
+        return Verdict(accuracy, float(np.mean(likelihoods)) if likelihoods else None)

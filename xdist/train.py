@@ -17,8 +17,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from xdist import cluster, files, progress, selection, shards
 from xdist.batching import Position
 from xdist.config import Recipe, Train
@@ -99,8 +97,8 @@ def _reason(error: Any) -> BaseException:
 
 def _line(line: dict[str, Any], total: int) -> str:
     if "selection" in line:
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in line["scores"].items())
-        return f"  held out at step {line['step']:,}: selection {line['selection']:.3f}   {scores}"
+        accuracy = "  ".join(f"{name} {value:.3f}" for name, value in line["accuracy"].items())
+        return f"  held out at step {line['step']:,}: selection {line['selection']:.3f}   accuracy: {accuracy}"
     left = progress.duration((total - line["step"]) / max(line["steps_per_second"], 1e-9))
     terms = "  ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
     return (
@@ -164,9 +162,9 @@ def _train_here(config: dict[str, Any]) -> None:
             if last or position.step % recipe.train.evaluate_every == 0 or position.step % recipe.train.checkpoint_every == 0:
                 score = WORST
                 if judge and (last or position.step % recipe.train.evaluate_every == 0):
-                    scores = judge.scores(student)
-                    score = float(np.mean(list(scores.values()))) if scores else float(position.step)
-                    meter.evaluated(position.step, scores, score)
+                    verdict = judge.judge(student)
+                    score = float(position.step) if verdict.score is None else verdict.score
+                    meter.evaluated(position.step, verdict.accuracy, score)
                 _report(ray.train, rank, student, optimizer, position, score)
                 meter.pause()
 
@@ -278,11 +276,11 @@ class Meter:
         self.metrics.log({f"train/{name}": value for name, value in ({**measured, **rates, "lr": learning_rate}).items()}, step_)
         self.pause()
 
-    def evaluated(self, step_: int, scores: dict[str, float], score: float) -> None:
-        """Send the scores on held-out text."""
+    def evaluated(self, step_: int, accuracy: dict[str, float], score: float) -> None:
+        """Send what was found on held-out text."""
         if self.board:
-            self.board.post({"step": step_, "selection": score, "scores": scores})
-            self.metrics.log({f"held_out/{name}": value for name, value in scores.items()} | {"held_out/selection": score}, step_)
+            self.board.post({"step": step_, "selection": score, "accuracy": accuracy})
+            self.metrics.log({f"held_out/{name}": value for name, value in accuracy.items()} | {"held_out/selection": score}, step_)
 
     def close(self) -> None:
         """Send what is left."""
