@@ -212,7 +212,8 @@ class Train(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of teacher and student; auto takes bfloat16 where the hardware computes in it."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention kernel; auto takes eager on a CPU (its fused kernel is slow in backward on short text) and sdpa on a GPU."""
+    """What computes the layers: eager and sdpa are the checkpoint's own modules with that attention kernel; auto takes
+    xdist.layers on a CPU that computes in bfloat16, where they know the model, otherwise eager on a CPU and sdpa on a GPU."""
 
     @field_validator("loss")
     @classmethod

@@ -18,7 +18,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xdist import batching
+from xdist import batching, layers
 from xdist.config import Teacher
 from xdist.errors import Refused
 from xdist.store import Fingerprint
@@ -40,17 +40,24 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 class Encoder(torch.nn.Module):
     """A sentence-transformers model as (ids, mask) → unit float32 vectors, with token-budget batching for texts."""
 
-    def __init__(self, model: "SentenceTransformer", device: str, dtype: torch.dtype, prompt: str = ""):
+    def __init__(self, model: "SentenceTransformer", device: str, dtype: torch.dtype, prompt: str = "", fused: bool = False):
         super().__init__()
         self.model = model.to(device)
+        self.fused = fused  # xdist.layers in place of the checkpoint's modules
         self.device, self.dtype, self.prompt = device, dtype, prompt
         self.prompt_length = _prompt_length(model.tokenizer, prompt)
         self.positions = positions(self.body)
+        self.dropout = any(isinstance(module, torch.nn.Dropout) and module.p for module in self.body.modules())
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
         return int(self.model.get_embedding_dimension() or 0)
+
+    @property
+    def kernels(self) -> str:
+        """What computes the layers, in words."""
+        return "fused layers" if self.fused else f"{self.body.config._attn_implementation} attention"
 
     @property
     def body(self) -> Any:
@@ -59,8 +66,11 @@ class Encoder(torch.nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask (batch, length) to unit vectors (batch, dimension), float32."""
-        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
+        if self.fused and not (self.training and self.dropout):
+            hidden = layers.hidden(self.body, ids, mask)
+        else:
+            with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
+                hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
         features: dict[str, Any] = {"token_embeddings": hidden.float(), "attention_mask": mask, "prompt_length": self.prompt_length}
         for module in list(self.model)[1:]:
             features = module(features)
@@ -137,7 +147,9 @@ def load(folder: str, precision: str = "auto", attention: str = "auto", trust_re
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = sentence_transformer(folder, chosen_attention(attention, device), trust_remote_code)
     default = model.prompts.get(model.default_prompt_name or "") or ""
-    return Encoder(model, device, chosen_dtype(precision, device), prompt or default)
+    dtype = chosen_dtype(precision, device)
+    fused = attention == "auto" and device == "cpu" and dtype == torch.bfloat16 and layers.fits(model[0].auto_model)
+    return Encoder(model, device, dtype, prompt or default, fused)
 
 
 def sentence_transformer(folder: str, attention: str, trust_remote_code: bool = False) -> "SentenceTransformer":
@@ -171,7 +183,7 @@ def chosen_dtype(precision: str, device: str) -> torch.dtype:
 
 
 def chosen_attention(attention: str, device: str) -> str:
-    """Eager on a CPU, whose fused kernel is slow in backward on short sequences; the fused one on a GPU."""
+    """Of the checkpoint's own modules: eager on a CPU, whose sdpa kernel is very slow in backward; sdpa on a GPU."""
     return attention if attention != "auto" else ("eager" if device == "cpu" else "sdpa")
 
 
