@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import sentences
-from scipy.special import softmax
 from scipy.stats import gmean
 from sklearn.linear_model import LogisticRegression
 
@@ -26,6 +25,19 @@ class Student:
         self.seen += texts
         vectors = np.array([np.random.default_rng([*text.encode()]).normal(size=32) for text in texts]).reshape(-1, 32)
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Translated(Student):
+    """Gives a translation its source's vector, with noise of the text's own."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.source = {row[lang]: row["en"] for row in [*HELD, *sentences(480)[440:]] for lang in ("en", "es", "de")}
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = super().encode([self.source[text] for text in texts]) + self.noise * super().encode(texts)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 @pytest.fixture
@@ -58,7 +70,8 @@ def test_scores_are_those_computed_directly(recipe: Recipe, teacher: str) -> Non
         a, b = (fresh.encode([row[lang] for row in pool]) for lang in ("en", name[-2:]))
         cosines, own = a @ b.T, np.arange(len(pool))
         assert scores[name] == pytest.approx(((cosines.argmax(1) == own).mean() + (cosines.argmax(0) == own).mean()) / 2)
-        chances = [softmax(matrix / 0.05, axis=1).diagonal() for matrix in (cosines, cosines.T)]
+        powers = np.exp(cosines / 0.05)
+        chances = [powers.diagonal() / powers.sum(axis) for axis in (1, 0)]
         likelihoods.append(gmean(0.99 * np.concatenate(chances) + 0.01 / len(pool)))
     known, labels = frozen.encode([row["en"] for row in train]), [row["label"] for row in train]
     head = LogisticRegression(C=metrics.chosen_regularisation(known, labels), max_iter=2000).fit(known, labels)
@@ -87,18 +100,7 @@ def test_the_score_tells_apart_what_accuracy_does_not(recipe: Recipe, teacher: s
     selection.prepare(recipe, encoder.load(teacher, "float32"))
     judge = selection.Judge(recipe)
     judge.labelled.clear()
-    same = {row[lang]: row["en"] for row in [*HELD, *sentences(480)[440:]] for lang in ("en", "es", "de")}
-
-    class Blurred(Student):
-        def __init__(self, noise: float) -> None:
-            super().__init__()
-            self.noise = noise
-
-        def encode(self, texts: Sequence[str]) -> np.ndarray:
-            vectors = super().encode([same[text] for text in texts]) + self.noise * super().encode(texts)
-            return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-    clear, blurred = (judge.judge(Blurred(noise)) for noise in (0.1, 0.5))  # type: ignore[arg-type]
+    clear, blurred = (judge.judge(Translated(noise)) for noise in (0.1, 0.5))  # type: ignore[arg-type]
     assert clear.accuracy == blurred.accuracy
     assert (clear.score or 0) > (blurred.score or 0)
 
@@ -111,15 +113,9 @@ def test_each_text_is_encoded_once(recipe: Recipe, teacher: str) -> None:
 
 
 def test_a_student_that_is_perfect_scores_one(recipe: Recipe) -> None:
-    same = {row[lang]: row["en"] for row in [*HELD, *sentences(480)[440:]] for lang in ("en", "es", "de")}
-
-    class Perfect(Student):
-        def encode(self, texts: Sequence[str]) -> np.ndarray:
-            return super().encode([same[text] for text in texts])
-
     tasks = [task for task in recipe.evaluate.tasks if task.kind == "retrieval"]
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": tasks})})
-    verdict = selection.Judge(recipe).judge(Perfect())  # type: ignore[arg-type]
+    verdict = selection.Judge(recipe).judge(Translated())  # type: ignore[arg-type]
     assert set(verdict.accuracy.values()) == {1.0}
     assert 0.99 < (verdict.score or 0) <= 1
 

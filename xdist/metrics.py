@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 REGULARISATION = 10.0  # scikit-learn's C where labels are few: unit vectors need a weaker penalty than its default
 REGULARISATIONS = (1.0, 3.0, 10.0, 30.0)
@@ -54,7 +55,7 @@ def own_probability(queries: np.ndarray, keys: np.ndarray, temperature: float) -
     found = []
     for start in range(0, len(queries), BLOCK):
         logits = queries[start : start + BLOCK] @ keys.T / temperature
-        found.append(_softmax(logits)[np.arange(len(logits)), start + np.arange(len(logits))])
+        found.append(softmax(logits, axis=1)[np.arange(len(logits)), start + np.arange(len(logits))])
     return np.concatenate(found)
 
 
@@ -62,11 +63,6 @@ def likelihood(probabilities: np.ndarray, choices: int) -> float:
     """Geometric mean of the probabilities given to what is right among `choices`, in (0, 1]: exp(-log loss). One part in a
     hundred is spread evenly, so that no single item, held impossible, decides."""
     return float(np.exp(np.log(0.99 * np.nan_to_num(probabilities) + 0.01 / choices).mean()))
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def margin_retrieved(queries: np.ndarray, keys: np.ndarray, neighbours: int = 4) -> np.ndarray:
@@ -105,7 +101,7 @@ class Head:
 
     def probabilities(self, vectors: np.ndarray) -> np.ndarray:
         """Of each class, shape (n, classes)."""
-        return _softmax(vectors @ self.weights.T + self.bias)
+        return np.asarray(softmax(vectors @ self.weights.T + self.bias, axis=1))
 
 
 def chosen_regularisation(vectors: np.ndarray, labels: list[str]) -> float:
