@@ -84,7 +84,7 @@ RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
         ("train: {matryoshka: [-1]}", r"train\.matryoshka\.0: .*greater than or equal to 1"),
         ("cluster: {workers: 2}", r"micro_batches 1 is not a multiple of cluster\.workers 2.*set train\.micro_batches: 2"),
         ("student: {base: other, vocabulary: train}", r"needs student\.base: teacher"),
-        ("[1, 2]", "expected sections such as run: and data:, found list"),
+        ("[1, 2]", "expected keys with values, as in recipes/, found list"),
         ("[]", "found list"),
         ("just text", "found str"),
         ("false", "found bool"),
@@ -295,3 +295,13 @@ def test_exit_codes(
     assert job.run("about", work, {"dry-run": "plan only"}) == code
     assert seen == [("r", True)]
     assert ("mend it" in capsys.readouterr().err) == (code == 2)
+
+
+def test_a_run_of_a_version_that_lacked_a_key_is_the_same_recipe() -> None:
+    new = Recipe().model_dump(mode="json")
+    old = {name: dict(keys) for name, keys in new.items() if name != "finetune"}
+    del old["train"]["clip"]
+    assert recipes.differing(old, new) == []
+    assert recipes.differing(old, Recipe(train={"clip": 2}).model_dump(mode="json")) == ["train.clip: 1.0 → 2.0"]  # type: ignore[arg-type]
+    gone = old | {"magic": {"on": True}}
+    assert recipes.differing(gone, new) != []

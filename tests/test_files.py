@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -10,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import xxhash
 
 from xdist import files
 from xdist.errors import Refused
@@ -189,3 +191,20 @@ def test_download_copies_what_is_not_local(tmp_path: Path, folder: str) -> None:
     files.write(f"{folder}/student/modules.json", b"[]")
     local = files.download(f"{folder}/student", str(tmp_path / "copy"))
     assert Path(local, "modules.json").read_bytes() == b"[]"
+
+
+def test_local_is_the_folder_itself_or_one_place_per_uri(tmp_path: Path) -> None:
+    assert files.local(str(tmp_path)) == str(tmp_path)
+    files.write("memory://bucket/student/modules.json", b"[]")
+    found = Path(files.local("memory://bucket/student"))
+    assert (found / "modules.json").read_bytes() == b"[]"
+    assert files.local("memory://bucket/student") == str(found)
+    shutil.rmtree(found)
+
+
+def test_digest_is_of_the_content(tmp_path: Path) -> None:
+    for name, content in (("a", b"x" * 5_000_000), ("b", b"x" * 5_000_000), ("c", b"x" * 4_999_999 + b"y")):
+        (tmp_path / name).write_bytes(content)
+    digests = [files.digest(str(tmp_path / name)) for name in "abc"]
+    assert digests[0] == digests[1] == xxhash.xxh3_64_hexdigest(b"x" * 5_000_000)
+    assert digests[2] != digests[0]

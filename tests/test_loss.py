@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -17,6 +18,12 @@ def vectors(rows: int = 6, dimension: int = 8, seed: int = 0) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(seed)
     s, t = torch.randn(2, rows, dimension, generator=generator, dtype=torch.float64)
     return normalize(s), normalize(t)
+
+
+def head() -> tuple[Tensor, Tensor]:
+    """Weights and bias of a classifier of three classes."""
+    weights, bias = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).split([8, 1], dim=1)
+    return weights, bias[:, 0]
 
 
 def test_cosine_and_mse_by_hand() -> None:
@@ -74,8 +81,10 @@ def test_soft_contrastive_is_least_where_the_student_is_the_teacher() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_do_not_depend_on_the_dimension(name: str) -> None:
     s, t = vectors()
-    wider = [torch.cat([side, torch.zeros(6, 100, dtype=side.dtype)], 1) for side in (s, t)]
-    assert loss.total(*wider, {name: 1.0})[0].item() == pytest.approx(loss.total(s, t, {name: 1.0})[0].item())
+    wider, (weights, bias) = [torch.cat([side, torch.zeros(6, 100, dtype=side.dtype)], 1) for side in (s, t)], head()
+    wide_head = torch.cat([weights, torch.ones(3, 100, dtype=weights.dtype)], 1), bias
+    narrow = loss.total(s, t, {name: 1.0}, head=(weights, bias))[0]
+    assert loss.total(*wider, {name: 1.0}, head=wide_head)[0].item() == pytest.approx(narrow.item())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -84,7 +93,7 @@ def test_gradients_reach_the_student_and_descend(name: str) -> None:
     weight = s.clone().requires_grad_()
 
     def value() -> Tensor:
-        return loss.total(normalize(weight), t, {name: 1.0}, TEMPERATURE)[0]
+        return loss.total(normalize(weight), t, {name: 1.0}, TEMPERATURE, head=head())[0]
 
     before = value()
     before.backward()
@@ -123,3 +132,15 @@ def test_matryoshka_averages_the_loss_of_renormalised_prefixes(term: Callable[[T
         each.append(term(a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)))
     assert value.item() == pytest.approx(3 * sum(part.item() for part in each) / 3)
     assert terms[term.__name__].item() == pytest.approx(each[0].item())  # shown on the full vector
+
+
+def test_soft_labels_are_the_divergence_of_class_probabilities() -> None:
+    s, t = vectors()
+    weights, bias = head()
+    p, q = (torch.from_numpy(softmax((vectors @ weights.T + bias).numpy(), axis=1)) for vectors in (t, s))
+    wanted = float((p * (p / q).log()).sum(1).mean())
+    assert loss.soft_labels(s, t, (weights, bias)).item() == pytest.approx(wanted, rel=1e-9)
+    assert loss.soft_labels(t, t, (weights, bias)).item() == pytest.approx(0, abs=1e-6)
+    value, terms = loss.total(s, t, {"cosine": 1.0, "soft_labels": 2.0}, head=(weights, bias))
+    assert value.item() == pytest.approx(loss.cosine(s, t).item() + 2 * wanted, rel=1e-4)
+    assert set(terms) == {"cosine", "soft_labels"}

@@ -250,15 +250,6 @@ def test_roberta_keeps_its_padding_id(build: Callable[..., Any], tmp_path: Path,
         assert len(found.tokenizer) < len(SentenceTransformer(base, device="cpu").tokenizer)
 
 
-def test_local_is_the_folder_itself_or_one_place_per_uri(tmp_path: Path) -> None:
-    assert student.local(str(tmp_path)) == str(tmp_path)
-    files.write("memory://bucket/student/modules.json", b"[]")
-    found = Path(student.local("memory://bucket/student"))
-    assert (found / "modules.json").read_bytes() == b"[]"
-    assert student.local("memory://bucket/student") == str(found)
-    shutil.rmtree(found)
-
-
 @pytest.mark.parametrize("vocabulary", ["keep", "trim"])
 def test_a_base_that_lower_cases_makes_a_student_that_does(build: Callable[..., Any], tmp_path: Path, vocabulary: str) -> None:
     cased = tmp_path / "cased"

@@ -126,6 +126,13 @@ def at_once(settings: Cluster) -> tuple[int, int]:
     return min(teacher_actors(settings), parts), min(settings.workers, parts)
 
 
+def cores() -> int:
+    """CPUs of the whole cluster: how many one-core actors add speed."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def _address(settings: Cluster) -> str | None:
     """The running Ray to use; None where one of our own is started."""
     return settings.address or os.environ.get("RAY_ADDRESS")

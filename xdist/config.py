@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 RESERVED = ("store", "mlflow.db", "mlartifacts")  # what lies beside the runs
 LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
-LOSSES = ("cosine", "similarity", "mse", "contrastive", "soft_contrastive")
+LOSSES = ("cosine", "similarity", "mse", "contrastive", "soft_contrastive", "soft_labels")
 
 
 class Section(BaseModel):
@@ -27,8 +27,8 @@ class Section(BaseModel):
 class Run(Section):
     """The identity of a run: the same name and storage continue the same run."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run; its folder is <storage>/<name>."""
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    """Name of the run; its folder is <storage>/<name>. Slashes group runs: team/first."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://, abfs://) that holds runs and the store of teacher vectors."""
     recipe_folder: str = ""
@@ -39,7 +39,7 @@ class Run(Section):
     @field_validator("name")
     @classmethod
     def _free_name(cls, value: str) -> str:
-        if value in RESERVED:
+        if value.split("/")[0] in RESERVED:
             raise ValueError(f"{value!r} is the name of something else in run.storage; take another")
         return value
 
@@ -158,6 +158,22 @@ class Teacher(Section):
     """Read weights from pickle files (.bin), which can run code when read. Safetensors otherwise."""
 
 
+class Finetune(Section):
+    """Task knowledge, the second stage of Piperno et al.: the teacher learns a labelled task before it teaches."""
+
+    task: str | None = None
+    """Classification task (evaluate.tasks) on whose training rows in the source language the teacher is fine-tuned; its vectors
+    are then what the student learns. Not fine-tuned when not given."""
+    method: Literal["head", "contrastive"] = "head"
+    """head: with a classification head. contrastive: sentences of one class are drawn together, as in SetFit."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training rows."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate of the teacher's layers; linear decay to zero."""
+    batch_size: int = Field(default=32, ge=2)
+    """Sentences of one step."""
+
+
 class Student(Section):
     """The multilingual encoder to be trained."""
 
@@ -198,7 +214,7 @@ class Train(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     loss: dict[str, float] = {"cosine": 1.0, "similarity": 10.0}
-    """Weight of each loss term: cosine, similarity, mse, contrastive, soft_contrastive."""
+    """Weight of each loss term: cosine, similarity, mse, contrastive, soft_contrastive, soft_labels (see finetune.task)."""
     loss_temperature: float = Field(default=0.05, gt=0)
     """Temperature of the contrastive losses."""
     matryoshka: list[Annotated[int, Field(ge=1)]] = []
@@ -314,6 +330,7 @@ class Recipe(BaseSettings):
     run: Run = Run()
     data: Data = Data()
     teacher: Teacher = Teacher()
+    finetune: Finetune = Finetune()
     student: Student = Student()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -351,6 +368,11 @@ class Recipe(BaseSettings):
                 raise ValueError(f"evaluate.tasks.{task.name}.languages: add the source language {self.data.source_language!r}")
             if len(self.task_languages(task)) > 1 and "{lang}" not in task.text and "{lang}" not in task.test:
                 raise ValueError(f"evaluate.tasks.{task.name}: put {{lang}} in its paths or in `text`, or every language has the same text")
+        labelled = [task.name for task in self.evaluate.tasks if task.kind == "classification"]
+        if self.finetune.task and self.finetune.task not in labelled:
+            raise ValueError(f"finetune.task: no classification task {self.finetune.task!r}; {closest(self.finetune.task, labelled)}")
+        if self.train.loss.get("soft_labels") and not self.finetune.task:
+            raise ValueError("train.loss.soft_labels needs finetune.task: the labels that it speaks of")
         if self.data.source_language in self.data.languages:
             raise ValueError(f"data.languages: {self.data.source_language!r} is the source language; leave it out")
         if self.data.min_chars > self.data.max_chars:

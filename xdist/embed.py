@@ -80,7 +80,7 @@ class TeacherActor:
         recipe = Recipe(**settings)
         self.folder, self.shards, self.settings = recipe.folder, shards, recipe.teacher
         self.store = VectorStore(recipe.run.storage, Fingerprint(**fingerprint))
-        located = encoder.located(recipe.teacher)
+        located = encoder.teacher_folder(recipe)
         self.teacher = encoder.load(
             located, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt
         )

@@ -34,14 +34,11 @@ def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
     if not recipe.evaluate.tasks:
         files.write_json(uri, [])
         return []
-    cpus, gpus = cluster.resources(recipe.cluster)
-    items = [{"model": model} for model in MODELS]
-    texts = _texts(recipe)
-    with Progress("evaluate", "texts", len(texts) * len(MODELS)) as progress:
-        arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
-        for _ in cluster.stream(items, ModelEncoder, progress, actors=len(items) if gpus else 1, cpus=cpus, gpus=gpus, **arguments):
-            pass
-    vectors = {model: dict(zip(texts, _load(recipe, model), strict=True)) for model in MODELS}
+    texts, folder = _texts(recipe), f"{recipe.folder}/evaluation"
+    if anew:
+        files.remove(folder)
+    encode(recipe, texts, [{"model": model} for model in MODELS], folder)
+    vectors = {model: dict(zip(texts, read_vectors(folder, model), strict=True)) for model in MODELS}
     rows: list[Row] = []
     with Progress("measure", "scores") as progress:
         for task in recipe.evaluate.tasks:
@@ -49,8 +46,25 @@ def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
                 rows.append(row)
                 progress.update(len(rows))
     files.write_json(uri, rows)
-    files.remove(f"{recipe.folder}/evaluation")
+    files.remove(folder)
     return rows
+
+
+def encode(recipe: Recipe, texts: list[str], models: list[Row], folder: str) -> None:
+    """Write <folder>/<model>.npy, vectors (texts, dimension), for each {model, …} whose vectors of these texts are not there.
+    Models are teacher, before and after; others come with a checkpoint (folder or hub id) or a folder of the storage."""
+    marker = f"{folder}/texts.json"
+    if files.exists(marker) and files.read_json(marker) != texts:
+        files.remove(folder)
+    files.write_json(marker, texts)
+    waiting = [model for model in models if not files.exists(f"{folder}/{model['model']}.npy")]
+    if not waiting:
+        return
+    cpus, gpus = cluster.resources(recipe.cluster)
+    arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "folder": folder, "threads": 0 if gpus else cpus}
+    with Progress("encode", "texts", len(texts) * len(waiting)) as progress:
+        for _ in cluster.stream(waiting, ModelEncoder, progress, actors=len(waiting) if gpus else 1, cpus=cpus, gpus=gpus, **arguments):
+            pass
 
 
 def _texts(recipe: Recipe) -> list[str]:
@@ -64,37 +78,42 @@ def _texts(recipe: Recipe) -> list[str]:
 
 
 class ModelEncoder:
-    """Encodes all texts of all tasks with one model after the other; an actor, so that libraries are loaded once."""
+    """Encodes all texts with one model after the other; an actor, so that libraries are loaded once."""
 
-    def __init__(self, settings: dict[str, Any], threads: int):
+    def __init__(self, settings: dict[str, Any], folder: str, threads: int):
         import torch
 
         if threads:
             torch.set_num_threads(threads)
-        self.recipe = Recipe(**settings)
-        self.texts = _texts(self.recipe)
+        self.recipe, self.folder = Recipe(**settings), folder
+        self.texts = files.read_json(f"{folder}/texts.json")
 
     def __call__(self, item: Row, board: cluster.RemoteBoard) -> Row:
-        """Write one model's vectors to <run>/evaluation/<model>.npy."""
+        """Write one model's vectors."""
         from xdist import encoder
 
         recipe, model = self.recipe, item["model"]
         with tempfile.TemporaryDirectory() as scratch:
-            if model == "teacher":
-                folder, prompt, longest = encoder.located(recipe.teacher), recipe.teacher.prompt, recipe.teacher.max_length
+            prompt, longest = "", recipe.student.max_length
+            if model in ("before", "after"):
+                folder = files.download(f"{recipe.folder}/{'initial' if model == 'before' else 'student'}", scratch)
+            elif model == "teacher":
+                folder, prompt, longest = encoder.teacher_folder(recipe), recipe.teacher.prompt, recipe.teacher.max_length
+            elif "folder" in item:
+                folder = files.local(item["folder"])
             else:
-                name = {"before": "initial", "after": "student"}[model]
-                folder, prompt, longest = files.download(f"{recipe.folder}/{name}", scratch), "", recipe.student.max_length
+                folder = encoder.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
             found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
             vectors = found.encode(self.texts, None, lambda done: board.count(model, done), longest)
         buffer = io.BytesIO()
         np.save(buffer, vectors)
-        files.write(f"{recipe.folder}/evaluation/{model}.npy", buffer.getvalue())
+        files.write(f"{self.folder}/{model}.npy", buffer.getvalue())
         return {"model": model}
 
 
-def _load(recipe: Recipe, model: str) -> np.ndarray:
-    return np.asarray(np.load(io.BytesIO(files.read(f"{recipe.folder}/evaluation/{model}.npy")), allow_pickle=False))
+def read_vectors(folder: str, model: str) -> np.ndarray:
+    """What `encode` wrote for one model."""
+    return np.asarray(np.load(io.BytesIO(files.read(f"{folder}/{model}.npy")), allow_pickle=False))
 
 
 def _task_rows(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Iterator[Row]:

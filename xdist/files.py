@@ -13,11 +13,13 @@ import os
 import posixpath
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import xxhash
 
 from xdist.errors import Refused
 
@@ -135,6 +137,15 @@ def _room_for(uri: str) -> Iterator[None]:
         raise
 
 
+def digest(uri: str) -> str:
+    """Sixteen hexadecimal digits of a file's content."""
+    state = xxhash.xxh3_64()
+    with open_input(uri) as stream:
+        while block := stream.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
 def read_json(uri: str) -> Any:
     """A JSON file. Raises FileNotFoundError, and Refused where the file is damaged."""
     try:
@@ -234,3 +245,8 @@ def download(uri: str, folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
     return folder
+
+
+def local(uri: str) -> str:
+    """A folder of the storage on this machine, in a place of its own that other processes share where it must be copied."""
+    return download(uri, os.path.join(tempfile.gettempdir(), "xdist", xxhash.xxh3_64_hexdigest(uri.encode())))

@@ -5,6 +5,7 @@
     similarity        mean (S Sᵀ - T Tᵀ)²                                structure within the batch (Jasper/Stella 2412.19048)
     contrastive       InfoNCE, the teacher's vectors as keys             DistilCSE (2112.05638)
     soft_contrastive  cross entropy softmax(T Tᵀ/τ) → softmax(S Tᵀ/τ)    IMASCL (2405.16155)
+    soft_labels       KL(classes of t ‖ classes of s), by the task's head   self-teaching of FILTER (2009.05166)
 
 None of them depends on the dimension: with unit vectors, MSE summed over dimensions is 2 × cosine. (Averaged over
 dimensions, as it often is, its signal shrinks with the dimension and students collapse.)
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, normalize
+from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax, normalize
+
+Head = tuple[Tensor, Tensor]  # weights (classes, dimension) and bias (classes)
 
 
 def cosine(s: Tensor, t: Tensor) -> Tensor:
@@ -46,15 +49,23 @@ def soft_contrastive(s: Tensor, t: Tensor, temperature: float) -> Tensor:
     return -(wanted * log_softmax(s @ t.T / temperature, -1)).sum(-1).mean()
 
 
+def soft_labels(s: Tensor, t: Tensor, head: Head) -> Tensor:
+    """Mean Kullback-Leibler divergence from the head's class probabilities of the teacher's vector to those of the student's."""
+    wanted, found = (log_softmax(linear(vectors, *head), -1) for vectors in (t, s))
+    return kl_div(found, wanted, log_target=True, reduction="batchmean")
+
+
 def total(
-    s: Tensor, t: Tensor, weights: dict[str, float], temperature: float = 0.05, prefixes: Sequence[int] = ()
+    s: Tensor, t: Tensor, weights: dict[str, float], temperature: float = 0.05, prefixes: Sequence[int] = (), head: Head | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the named losses, and each term by itself (on the full vector, detached).
 
     `prefixes` are Matryoshka lengths (2205.13147): the same loss on the renormalised beginning of both vectors, averaged
-    with the full one.
+    with the full one. `head` (weights, bias) of a classifier on the full vector is what soft_labels needs.
     """
     terms = _terms(s, t, weights, temperature)
+    if head and weights.get("soft_labels"):
+        terms["soft_labels"] = soft_labels(s, t, head)
     losses = [_weighted(terms, weights)]
     for length in prefixes:
         losses.append(_weighted(_terms(normalize(s[:, :length]), normalize(t[:, :length]), weights, temperature), weights))

@@ -17,7 +17,7 @@ from xdist.errors import Refused
 from xdist.progress import duration, say
 from xdist.recipes import differing
 
-BEFORE_TRAINING = ("parts", "corpus", "rejects", "initial", "plan.json", "selection", "shards", "holdout")
+BEFORE_TRAINING = ("parts", "corpus", "rejects", "teacher", "initial", "plan.json", "selection", "shards", "holdout", "prepared")
 
 
 def settle(recipe: Recipe) -> None:
@@ -57,6 +57,14 @@ def _prepare(recipe: Recipe) -> Prepared:
     return prepared
 
 
+def _teacher_folder(recipe: Recipe) -> str:
+    """A local folder with the teacher, which is fine-tuned first where the recipe asks for that."""
+    from xdist import encoder, finetune
+
+    finetune.finetune(recipe)
+    return encoder.teacher_folder(recipe)
+
+
 def embed(recipe: Recipe) -> None:
     """Prepare, and embed what the store lacks."""
     from xdist import embed as embedding
@@ -65,7 +73,7 @@ def embed(recipe: Recipe) -> None:
     settle(recipe)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
-        folder = encoder.located(recipe.teacher)
+        folder = _teacher_folder(recipe)
         dimension = encoder.load(folder, "float32", "eager", recipe.teacher.trust_remote_code).dimension
         embedded = embedding.embed(recipe, prepared, encoder.fingerprint(recipe.teacher, folder, dimension))
     say(f"          {embedded.embedded:,} sentences embedded, {embedded.cached:,} were in the store")
@@ -79,15 +87,16 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     started = time.monotonic()
     settle(recipe)
     tasks.check(recipe)
-    folder = encoder.located(recipe.teacher)
+    encoder.located(recipe.teacher)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
+        folder = _teacher_folder(recipe)
         settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
         teacher = encoder.load(folder, *settings, recipe.teacher.prompt)
         fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
         initial = student.build(recipe, folder, prepared)
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
-            untrained = encoder.load(student.local(initial), *settings)
+            untrained = encoder.load(files.local(initial), *settings)
             _plan(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint))
         if plan:
             say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
@@ -109,19 +118,110 @@ def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, stor
 
 
 def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerprint: Any, initial: str, run_id: str) -> None:
-    from xdist import embed as embedding
-    from xdist import selection, shards, track, train
+    from xdist import selection, track, train
 
     _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, prepared.digests))
-    if not files.exists(f"{recipe.folder}/shards/manifest.json"):  # afterwards the shards hold the vectors
-        _keep(recipe, embedding.embed(recipe, prepared, fingerprint))
-    embedded = files.read_json(f"{recipe.folder}/embed.json")
+    embedded = _cut(recipe, prepared, fingerprint, initial)
     _once(recipe, "embed", lambda: track.log_metrics({f"embed/{key}": float(value) for key, value in embedded.items()}))
-    manifest = shards.cut(recipe, prepared, fingerprint, initial)
     if not files.exists(f"{recipe.folder}/student/modules.json"):
         selection.prepare(recipe, teacher)
-        best = train.train(recipe, manifest, run_id, track.uri_of(recipe))
+        best = train.train(recipe, run_id, track.uri_of(recipe))
         train.export(recipe, best)
+
+
+def _cut(recipe: Recipe, prepared: Prepared, fingerprint: Any, initial: str) -> dict[str, float]:
+    """Embed what the store lacks and cut the training shards; gives the counts of the first time."""
+    from xdist import embed as embedding
+    from xdist import shards
+
+    if not files.exists(f"{recipe.folder}/shards/manifest.json"):  # afterwards the shards hold the vectors
+        _keep(recipe, embedding.embed(recipe, prepared, fingerprint))
+    shards.cut(recipe, prepared, fingerprint, initial)
+    return dict(files.read_json(f"{recipe.folder}/embed.json"))
+
+
+def tune(recipe: Recipe, space: str) -> None:
+    """Search the recipe's settings over the space in this file, or run the study that it describes."""
+    from xdist import recipes
+
+    settings = recipes.read_yaml(space, "space", "tune_spaces/")
+    if "study" in settings:
+        _study(recipe, space, settings)
+    else:
+        _search(recipe, space, settings)
+
+
+def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
+    from xdist import study, study_report, track
+
+    started = time.monotonic()
+    wanted = study.load(path, settings, recipe)
+    settle(recipe)
+    _need_student(recipe)
+    named = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": f"{recipe.run.name}-{wanted.name}"})})
+    files.hold(f"{named.folder}/lock")
+    _settle_space(named, wanted.model_dump(mode="json") | {"student": files.digest(f"{recipe.folder}/student/model.safetensors")})
+    with cluster.connected(recipe.cluster), track.run(named, "study") as run_id:
+        rows = study.run(recipe, wanted, named.folder)
+        found = study_report.write(recipe, wanted, named.folder, rows)
+        for unit in study.units(recipe, wanted):
+            name = "-".join(unit.values())
+            _once(named, name, lambda unit=unit, name=name: _log_unit(named, run_id, unit, name, found))  # type: ignore[misc]
+        _log_files(named, ("space.json", "summary.json", "results.csv", "report.html"))
+    say(study_report.table(found["accuracy"]))
+    say(study_report.next_steps(named.folder, track.uri_of(named), duration(time.monotonic() - started)))
+
+
+def _log_unit(named: Recipe, parent: str, unit: dict[str, str], name: str, found: dict[str, Any]) -> None:
+    from xdist import study_report, track
+
+    uri = track.uri_of(named)
+    run_id = track.child(uri, parent, name, unit, f"{named.folder}/children/{name}.json")
+    track.ended(uri, run_id, "FINISHED", study_report.points(found, unit))
+
+
+def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
+    from xdist import findings, spaces, tasks, track
+    from xdist import tune as searching
+
+    started = time.monotonic()
+    wanted = spaces.load(path, settings, recipe)
+    search = searching.search_recipe(recipe, wanted)
+    settle(search)
+    _settle_space(search, wanted.model_dump(mode="json"))
+    tasks.check(search)
+    with cluster.connected(recipe.cluster):
+        for variant in searching.prepared_recipes(search, wanted):
+            _make_ready(variant)
+        searching.names(search, wanted)  # a metric that is none is refused before anything is trained
+        with track.run(search, "tune") as run_id:
+            rows = searching.run(search, wanted, run_id)
+            findings.write(recipe, search, wanted, rows)
+            track.log_metrics(findings.as_metrics(wanted, rows))
+            _log_files(search, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"))
+    say(findings.table(wanted, rows))
+    say(findings.next_steps(search, duration(time.monotonic() - started)))
+
+
+def _settle_space(search: Recipe, space: dict[str, Any]) -> None:
+    uri = f"{search.folder}/space.json"
+    if files.exists(uri) and files.read_json(uri) != space and files.exists(f"{search.folder}/mlflow.json"):
+        raise Refused(f"{search.run.name} has begun with another space; give this one another name (name: …), or delete {search.folder}")
+    files.write_json(uri, space)
+
+
+def _make_ready(recipe: Recipe) -> None:
+    """All that training reads: clean corpus, untrained student, shards with the teacher's vectors, heads to select by."""
+    from xdist import encoder, selection, student
+
+    prepared = _prepare(recipe)
+    folder = _teacher_folder(recipe)
+    settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
+    teacher = encoder.load(folder, *settings, recipe.teacher.prompt)
+    fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+    embedded = _cut(recipe, prepared, fingerprint, student.build(recipe, folder, prepared))
+    say(f"          {embedded['embedded']:,} sentences embedded, {embedded['cached']:,} were in the store")
+    selection.prepare(recipe, teacher)
 
 
 def _evaluate(recipe: Recipe, run_id: str, anew: bool = False) -> list[dict[str, Any]]:
@@ -189,11 +289,18 @@ def _log_model(recipe: Recipe) -> None:
 
 def _report(recipe: Recipe, run_id: str) -> None:
     """Write the report, and keep it in MLflow."""
-    from xdist import report, track
+    from xdist import report
 
     report.write(recipe, run_id)
+    _log_files(recipe, ("recipe.yaml", "plan.json", "report.json", "report.html"))
+
+
+def _log_files(recipe: Recipe, names: tuple[str, ...]) -> None:
+    """Keep files of the run's folder, and its plots, in MLflow."""
+    from xdist import track
+
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("recipe.yaml", "plan.json", "report.json", "report.html"):
+        for name in names:
             path = os.path.join(scratch, name)
             with open(path, "wb") as stream:
                 stream.write(files.read(f"{recipe.folder}/{name}"))

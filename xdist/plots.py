@@ -1,6 +1,7 @@
 """The report's pictures, with matplotlib: each as PNG and SVG bytes."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -8,6 +9,7 @@ import numpy as np
 
 from xdist.config import Recipe
 from xdist.evaluate import MODELS
+from xdist.spaces import Space
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -32,10 +34,24 @@ def draw(recipe: Recipe, found: dict[str, Any]) -> dict[str, Picture]:
         "results": _results, "few_shot": _few_shot, "curves": _curves, "composition": _composition, "rejects": _rejects,
         "lengths": _lengths, "projection": _projection,
     }  # fmt: skip
+    return _drawn(drawers, recipe, found)
+
+
+def draw_search(space: Space, rows: list[dict[str, Any]]) -> dict[str, Picture]:
+    """The pictures of a search, by name: trials against each key, and their curves."""
+    return _drawn({"keys": _keys, "trials": _trials}, space, rows)
+
+
+def draw_study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> dict[str, Picture]:
+    """The picture of a low-resource study in one measure, by name."""
+    return _drawn({f"study_{measure}": _study}, recipe, measure, entries)
+
+
+def _drawn(drawers: dict[str, Callable[..., Figure | None]], *arguments: Any) -> dict[str, Picture]:
     out = {}
     with matplotlib.rc_context(STYLE):
         for name, drawer in drawers.items():
-            figure = drawer(recipe, found)
+            figure = drawer(*arguments)
             if figure is not None:
                 out[name] = _bytes(figure)
                 pyplot.close(figure)
@@ -227,4 +243,100 @@ def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
     axis.set_title("Held-out sentences and their translations in the student's space (first two principal axes)")
     axis.set_xticks([])
     axis.set_yticks([])
+    return figure
+
+
+def _keys(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
+    """The metric against each searched key: full circles for trials that ran to the end, empty ones for those stopped early."""
+    from xdist.findings import keys, numbers
+    from xdist.tune import shown
+
+    rows, names = [row for row in rows if row["value"] is not None], keys(rows)
+    if not rows or not names:
+        return None
+    figure, axes = _grid(len(names), 3.0)
+    for axis, name in zip(axes, names, strict=True):
+        values = numbers(rows, name)
+        here = [(row, row["settings"][name]) for row in rows if name in row["settings"]]
+        labels = sorted({shown(value) for _, value in here})
+        for row, value in here:
+            place = value if values is not None else labels.index(shown(value))
+            done = row["outcome"] == "finished"
+            axis.plot(place, row["value"], "o", color=PALETTE[0], mfc=PALETTE[0] if done else "white", ms=6)
+        if values is None:
+            axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=8)
+            axis.margins(x=0.2)
+        elif name in space.search and space.search[name].loguniform:
+            axis.set_xscale("log")
+        axis.set_title(name)
+    axes[0].set_ylabel(space.metric)
+    return figure
+
+
+def _trials(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
+    """The metric of each trial over its steps, the best trials in colour."""
+    from xdist.tune import label
+
+    if not any(row["curve"] for row in rows):
+        return None
+    figure, axis = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
+    for rank, row in reversed(list(enumerate(rows))):
+        if row["curve"]:
+            steps, values = zip(*row["curve"], strict=True)
+            first = rank < 5
+            colour, name = (PALETTE[rank], label(row["trial"], row["settings"])) if first else ("#c4ccd4", None)
+            axis.plot(steps, values, "o-", color=colour, label=name, ms=3, lw=1.8 if first else 1)
+    axis.set_xlabel("step")
+    axis.set_ylabel(space.metric)
+    axis.set_title("Trials; the best five in colour")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], fontsize=8)
+    return figure
+
+
+def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figure | None:
+    """Score against labelled sentences for each task and language: a line a method, with its band; what needs no labels lies across."""
+    from xdist.study import METHODS
+    from xdist.study_report import LABELS as NAMES
+
+    panels = list(dict.fromkeys((entry["task"], entry["language"]) for entry in entries))
+    figure, axes = _grid(len(panels), 2.9)
+    more = iter(PALETTE[1:] * 3)
+    colours = {
+        method: COLOURS[METHODS[method]] if method in METHODS else next(more) for method in dict.fromkeys(e["method"] for e in entries)
+    }
+    for axis, (task, lang) in zip(axes, panels, strict=True):
+        here = [entry for entry in entries if (entry["task"], entry["language"]) == (task, lang)]
+        for entry in here:
+            colour, points = colours[entry["method"]], entry["points"]
+            axis.plot(
+                [p["size"] for p in points],
+                [100 * p["mean"] for p in points],
+                "o-",
+                color=colour,
+                ms=3.5,
+                label=NAMES.get(entry["method"], entry["method"]),
+            )
+            axis.fill_between(
+                [p["size"] for p in points],
+                [100 * p["low"] for p in points],
+                [100 * p["high"] for p in points],
+                color=colour,
+                alpha=0.15,
+                lw=0,
+            )
+        goals = here[0]["goals"]
+        if "student_zero_shot" in goals:
+            axis.axhline(100 * goals["student_zero_shot"], color=COLOURS["after"], lw=1.2, ls=":", label="student without labels")
+        axis.axhline(100 * goals["teacher_on_source"], color="#444", lw=1, ls="--", label=f"teacher on {recipe.data.source_language}")
+        sizes = sorted({p["size"] for entry in here for p in entry["points"]})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45, fontsize=8)
+        axis.minorticks_off()
+        axis.set_title(f"{task}, {lang}")
+    for axis in axes[-min(3, len(axes)) :]:
+        axis.set_xlabel("labelled sentences")
+    axes[0].set_ylabel(f"{'accuracy' if measure == 'accuracy' else 'macro-F1'} × 100")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

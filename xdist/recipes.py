@@ -18,14 +18,19 @@ from xdist.config import Recipe, absolute, closest
 from xdist.errors import Refused
 
 
-def parse(argv: Sequence[str], description: str, flags: dict[str, str] | None = None) -> tuple[Recipe, argparse.Namespace]:
-    """Command line `RECIPE [--section.key VALUE …]` to a checked recipe. `flags` adds switches: name → help.
+def parse(
+    argv: Sequence[str], description: str, flags: dict[str, str] | None = None, before: dict[str, str] | None = None
+) -> tuple[Recipe, argparse.Namespace]:
+    """Command line `RECIPE [--section.key VALUE …]` to a checked recipe. `flags` adds switches, `before` arguments that come
+    first: name → help.
 
     Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
     """
     parser = argparse.ArgumentParser(
         description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    for name, help_text in (before or {}).items():
+        parser.add_argument(name, help=help_text)
     parser.add_argument("recipe", help="YAML recipe, for example recipes/demo.yaml")
     for name, help_text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
@@ -52,20 +57,25 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe file, with overrides as a nested dictionary."""
+def read_yaml(path: str | os.PathLike[str], what: str, examples: str) -> dict[str, Any]:
+    """A YAML file's mapping. Raises Refused, with `what` the file is to be and the folder that holds examples."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
-        raise Refused(f"recipe {path} does not exist; recipes/ holds examples") from None
+        raise Refused(f"{what} {path} does not exist; {examples} holds examples") from None
     except OSError as error:
-        raise Refused(f"recipe {path} cannot be read: {error.strerror}") from None
+        raise Refused(f"{what} {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"recipe {path} is not valid YAML: {error}") from None
+        raise Refused(f"{what} {path} is not valid YAML: {error}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise Refused(f"recipe {path}: expected sections such as run: and data:, found {type(settings).__name__}")
-    settings = _merged(settings, overrides or {})
+        raise Refused(f"{what} {path}: expected keys with values, as in {examples}, found {type(settings).__name__}")
+    return settings
+
+
+def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe file, with overrides as a nested dictionary."""
+    settings = _merged(read_yaml(path, "recipe", "recipes/"), overrides or {})
     own = {"run": {"recipe_folder": os.path.dirname(os.path.abspath(path))}}
     recipe = check(_merged(own, settings), str(path))
     return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
@@ -98,7 +108,7 @@ def check(settings: dict[str, Any], origin: str) -> Recipe:
     try:
         recipe = Recipe(**settings)
     except ValidationError as error:
-        raise Refused("\n".join(_explained(error, origin))) from None
+        raise Refused("\n".join(explained(error, origin, [key for key, _ in flatten(Recipe().model_dump())]))) from None
     for key, value in flatten(recipe.model_dump()):
         if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
             raise Refused(
@@ -124,9 +134,18 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old → new` for each key whose value differs, apart from where things lie, run and are tracked."""
     free = ("cluster.", "track.", "run.storage", "run.recipe_folder", "data.root")
-    before, after = (dict(flatten(_placed(settings, settings["run"].get("recipe_folder", ""), "{recipe}"))) for settings in (old, new))
+    placed = (_placed(settings, settings["run"].get("recipe_folder", ""), "{recipe}") for settings in (_completed(old), new))
+    before, after = (dict(flatten(settings)) for settings in placed)
     keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(free))
     return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version, with the defaults of what it did not know; as they are where they no longer hold."""
+    try:
+        return Recipe(**settings).model_dump(mode="json")
+    except ValidationError:
+        return settings
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +156,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explained(error: ValidationError, origin: str) -> Iterator[str]:
-    known = [key for key, _ in flatten(Recipe().model_dump())]
+def explained(error: ValidationError, origin: str, known: list[str]) -> Iterator[str]:
+    """One line for each mistake: `origin`, the key and what is wrong with it. `known` are the keys that there are."""
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])

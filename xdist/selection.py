@@ -22,21 +22,30 @@ if TYPE_CHECKING:
     from xdist.encoder import Encoder
 
 MOST_SENTENCES = 1000  # held-out sentences that are retrieved among each other
+TEMPERATURE = 0.05  # of the softmax over cosines; the same whatever a training's own is, so that scores compare
 
 
 def prepare(recipe: Recipe, teacher: "Encoder") -> None:
-    """Fit a head on the teacher's source-language training vectors for each classification task with a dev set."""
+    """Fit a head on the teacher's source-language training vectors for each classification task with a dev set, and for the one
+    that the teacher was fine-tuned on."""
     for task in recipe.evaluate.tasks:
         uri = f"{recipe.folder}/selection/{task.name}.npz"
-        if task.kind == "classification" and task.dev and not files.exists(uri):
+        wanted = task.kind == "classification" and (task.dev or task.name == recipe.finetune.task)
+        if wanted and not files.exists(uri):
             rows = tasks.read(recipe, task, "train", recipe.data.source_language)
             head = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=recipe.teacher.max_length), rows["label"])
-            buffer = io.BytesIO()
-            np.savez(buffer, weights=head.weights, bias=head.bias, classes=np.frombuffer(json.dumps(head.classes).encode(), np.uint8))
-            files.write(uri, buffer.getvalue())
+            write_head(uri, head)
 
 
-def _head(uri: str) -> Head:
+def write_head(uri: str, head: Head) -> None:
+    """Keep a head as a file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, weights=head.weights, bias=head.bias, classes=np.frombuffer(json.dumps(head.classes).encode(), np.uint8))
+    files.write(uri, buffer.getvalue())
+
+
+def read_head(uri: str) -> Head:
+    """What `write_head` kept."""
     found = np.load(io.BytesIO(files.read(uri)), allow_pickle=False)
     return Head(found["weights"], found["bias"], json.loads(found["classes"].tobytes()))
 
@@ -54,7 +63,7 @@ class Judge:
     """Scores a student; reads its texts once."""
 
     def __init__(self, recipe: Recipe):
-        self.source, self.temperature = recipe.data.source_language, recipe.train.loss_temperature
+        self.source = recipe.data.source_language
         self.parallel: dict[str, dict[str, list[str]]] = {}
         self.labelled: dict[str, tuple[Head, list[str], np.ndarray]] = {}
         groups = shards.holdout(recipe.folder)
@@ -68,11 +77,16 @@ class Judge:
                 for lang in [lang for lang in texts if lang != self.source]:
                     self.parallel[f"{task.name}/{lang}"] = {self.source: texts[self.source], lang: texts[lang]}
             elif task.dev and task.kind == "classification":
-                head = _head(f"{recipe.folder}/selection/{task.name}.npz")
+                head = read_head(f"{recipe.folder}/selection/{task.name}.npz")
                 for lang in [lang for lang in recipe.task_languages(task) if lang != self.source]:
                     rows = tasks.read(recipe, task, "dev", lang)
                     truth = np.array([head.classes.index(label) if label in head.classes else -1 for label in rows["label"]])
                     self.labelled[f"{task.name}/{lang}"] = (head, rows["text"], truth)
+
+    @property
+    def names(self) -> list[str]:
+        """What accuracies it gives."""
+        return [*self.parallel, *self.labelled]
 
     def judge(self, student: "Encoder") -> Verdict:
         """Encode every text once and compare."""
@@ -84,7 +98,7 @@ class Judge:
         for name, sides in self.parallel.items():
             a, b = (vectors[[place[text] for text in side]] for side in sides.values())
             accuracy[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
-            own = [metrics.own_probability(*both, self.temperature) for both in ((a, b), (b, a))]
+            own = [metrics.own_probability(*both, TEMPERATURE) for both in ((a, b), (b, a))]
             likelihoods.append(metrics.likelihood(np.concatenate(own), len(a)))
         for name, (head, rows, truth) in self.labelled.items():
             probabilities = head.probabilities(vectors[[place[text] for text in rows]])

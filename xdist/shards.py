@@ -48,11 +48,11 @@ class Manifest:
         return {lang: sum(shard.get(lang, 0) for shard in shards) for lang in {lang for shard in shards for lang in shard}}
 
 
-def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: str) -> Manifest:
+def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: str) -> None:
     """Write the training shards that are missing. Needs a connected Ray, the embedded corpus and the untrained student."""
     marker = f"{recipe.folder}/shards/manifest.json"
     if files.exists(marker):
-        return Manifest(**files.read_json(marker))
+        return
     items = [{"shard": shard, "hold": _held_out(recipe, prepared, shard)} for shard in range(prepared.shards)]
     with Progress("tokenise", "sequences", prepared.pairs + prepared.sentences) as progress:
         work = cluster.stream(
@@ -69,7 +69,6 @@ def cut(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, student: s
         longest=max(result["longest"] for result in results),
     )
     files.write_json(marker, asdict(manifest))
-    return manifest
 
 
 def _held_out(recipe: Recipe, prepared: Prepared, shard: int) -> int:
@@ -180,6 +179,12 @@ def sampling_weights(data: Data, sequences: Mapping[str, Mapping[str, float]]) -
     seen = {lang: sum(by_corpus[name] * counts.get(lang, 0) for name, counts in sequences.items()) for lang in languages}
     by_language = batching.language_weights(seen, data.temperature, data.source_language, data.source_weight)
     return {name: {lang: by_corpus[name] * by_language.get(lang, 0) for lang in counts} for name, counts in sequences.items()}
+
+
+def order(recipe: Recipe) -> "Order":
+    """The order of training from a recipe's shards, which are all there."""
+    manifest = Manifest(**files.read_json(f"{recipe.folder}/shards/manifest.json"))
+    return Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, manifest)
 
 
 class Order:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from torch import nn
 
 from xdist import encoder, files, text, vocabulary
@@ -199,8 +198,3 @@ def _groups(recipe: Recipe, prepared: Prepared) -> Iterator[tuple[str, list[str]
         table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["hash", "source", "languages", "texts"])
         table = table.filter(pa.array(text.sampled(table["hash"].to_numpy(), recipe.data.sample)))
         yield from zip(*(table[name].to_pylist() for name in ("source", "languages", "texts")), strict=True)
-
-
-def local(uri: str) -> str:
-    """The student's folder on this machine."""
-    return files.download(uri, os.path.join(tempfile.gettempdir(), "xdist-student", xxhash.xxh3_64_hexdigest(uri.encode())))

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from xdist import files, recipes
@@ -85,6 +85,35 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
         yield active.info.run_id
 
 
+def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: str) -> str:
+    """The id of a trial's run beneath a search's: the one that `marker` names, if an earlier start of the trial opened it."""
+    import mlflow
+
+    _quiet()
+    client = mlflow.MlflowClient(uri)
+    run_id = files.read_json(marker)["run_id"] if files.exists(marker) else None
+    if run_id and _holds(client, run_id):
+        client.update_run(run_id, status="RUNNING")
+        return str(run_id)
+    tags = {"mlflow.parentRunId": parent, "xdist.job": "trial"}
+    run_id = client.create_run(client.get_run(parent).info.experiment_id, run_name=name, tags=tags).info.run_id
+    for key, value in settings.items():
+        client.log_param(run_id, key, str(value)[:LIMIT])
+    files.write_json(marker, {"run_id": run_id})
+    return str(run_id)
+
+
+def ended(uri: str, run_id: str, status: str, points: Iterable[tuple[str, int, float]]) -> None:
+    """End a trial's run, as FINISHED or FAILED, with its last (metric, step, value)."""
+    import mlflow
+    from mlflow.entities import Metric
+
+    _quiet()
+    client, now = mlflow.MlflowClient(uri), int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, step, value in points])
+    client.set_terminated(run_id, status)
+
+
 def log_corpora(recipe: Recipe, pairs: dict[str, int], digests: dict[str, str]) -> None:
     """The corpora as MLflow data sets: name, digest, pairs that were kept. The data itself is not loaded."""
     import mlflow
@@ -154,7 +183,7 @@ class Metrics:
         _quiet()
         self.client, self.run_id = mlflow.MlflowClient(uri), run_id
         self.waiting: list[Any] = []
-        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.lock, self.sending, self.ended = threading.Lock(), threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 
@@ -173,21 +202,21 @@ class Metrics:
 
     def _follow(self) -> None:
         while not self.ended.wait(2.0):
-            self._send()
-        self._send()
+            self.send()
+        self.send()
 
-    def _send(self) -> None:
-        with self.lock:
-            batch = self.waiting[:1000]
-        while batch:
-            try:
-                self.client.log_batch(self.run_id, metrics=batch)
-            except Exception as error:  # the server is away: keep the numbers, training goes on
-                logging.getLogger(__name__).warning("MLflow did not take %d metrics, they are kept: %s", len(batch), type(error).__name__)
-                return
-            with self.lock:
-                self.waiting = self.waiting[len(batch) :]
-                batch = self.waiting[:1000]
+    def send(self) -> None:
+        """Send what waits now."""
+        with self.sending:
+            while batch := self.waiting[:1000]:
+                try:
+                    self.client.log_batch(self.run_id, metrics=batch)
+                except Exception as error:  # the server is away: keep the numbers, training goes on
+                    kept = "MLflow did not take %d metrics, they are kept: %s"
+                    logging.getLogger(__name__).warning(kept, len(batch), type(error).__name__)
+                    return
+                with self.lock:
+                    self.waiting = self.waiting[len(batch) :]
 
 
 def curves(recipe: Recipe, run_id: str, names: list[str]) -> dict[str, list[tuple[int, float]]]:

@@ -6,6 +6,7 @@ next, and ends in the same model.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -14,19 +15,19 @@ import signal
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 from xdist import cluster, files, progress, selection, shards
 from xdist.batching import Position
-from xdist.config import Recipe, Train
+from xdist.config import LOSSES, Recipe, Train
 from xdist.errors import Collapsed, Refused
 from xdist.progress import say
 
 WORST = -1.0  # score of a checkpoint at which nothing was evaluated
 
 
-def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: str) -> str:
+def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     """Train, or go on training. Gives the folder of the best checkpoint. Needs a connected Ray.
 
     Raises Collapsed when the student maps everything to nearly one point.
@@ -36,8 +37,7 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
     from ray.train.torch import TorchTrainer
 
     cpus, gpus = cluster.resources(recipe.cluster)
-    order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, manifest)
-    total = order.total_steps()
+    total = shards.order(recipe).total_steps()
     say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {recipe.cluster.workers} worker(s)")
 
     def show(_: int, __: float, lines: list[dict[str, Any]]) -> None:
@@ -49,8 +49,8 @@ def train(recipe: Recipe, manifest: shards.Manifest, run_id: str, tracking_uri: 
         trainer = TorchTrainer(
             worker,
             train_loop_config={
-                "settings": recipe.model_dump(mode="json"), "manifest": asdict(manifest), "total": total, "board": board,
-                "run_id": run_id, "tracking_uri": tracking_uri, "threads": 0 if gpus else cpus,
+                "settings": recipe.model_dump(mode="json"), "board": board, "run_id": run_id, "tracking_uri": tracking_uri,
+                "threads": 0 if gpus else cpus,
             },
             scaling_config=ScalingConfig(
                 num_workers=recipe.cluster.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -121,16 +121,47 @@ def _worker(config: dict[str, Any]) -> str | None:
 
 def _train_here(config: dict[str, Any]) -> None:
     import ray.train
-    import ray.train.torch
     import torch
 
-    from xdist import checkpoint, encoder, track
+    from xdist import track
 
-    recipe, total = Recipe(**config["settings"]), config["total"]
+    recipe = Recipe(**config["settings"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if config["threads"]:
         torch.set_num_threads(config["threads"])
+    meter = Meter(None, None)
+    if rank == 0:
+        meter = Meter(cluster.RemoteBoard(config["board"]), track.Metrics(config["tracking_uri"], config["run_id"]), world)
+
+    def report(score: float, accuracy: dict[str, float], step_: int, save: Callable[[str], None]) -> None:
+        """Every rank reports as often as every other; rank 0 brings the checkpoint."""
+        if rank != 0:
+            ray.train.report({"selection": score})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder)
+            ray.train.report({"selection": score, "step": step_}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    resumed = ray.train.get_checkpoint()
+    fit(recipe, report, meter, resumed.as_directory() if resumed else None, rank, world)
+
+
+def fit(
+    recipe: Recipe,
+    report: Callable[[float, dict[str, float], int, Callable[[str], None]], None],
+    meter: "Meter",
+    resumed: contextlib.AbstractContextManager[str] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Train from the checkpoint in the folder that `resumed` gives, or from the start, to the end, in this process. At each
+    checkpoint and evaluation `report` is called with the score (WORST where nothing was evaluated), the accuracies, the step, and
+    a function that saves a checkpoint into a folder."""
+    import torch
+
+    from xdist import checkpoint, encoder
+
     torch.manual_seed(recipe.run.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = files.download(f"{recipe.folder}/initial", scratch)
@@ -138,14 +169,14 @@ def _train_here(config: dict[str, Any]) -> None:
     freeze_unused(student)
     optimizer = make_optimizer(student, recipe, world)
     start = Position()
-    resumed = ray.train.get_checkpoint()
     if resumed:
-        with resumed.as_directory() as folder:
+        with resumed as folder:
             start = checkpoint.load(folder, student, optimizer)
-    model = ray.train.torch.prepare_model(student, move_to_device=False) if world > 1 else student
-    order = shards.Order(recipe.folder, recipe.data, recipe.train, recipe.run.seed, shards.Manifest(**config["manifest"]))
+    model = _parallel(student) if world > 1 else student
+    order = shards.order(recipe)
+    total = order.total_steps()
     judge = selection.Judge(recipe) if rank == 0 else None
-    meter = Meter(config["board"], track.Metrics(config["tracking_uri"], config["run_id"]) if rank == 0 else None, world)
+    head = _head(recipe, student.device)
 
     remaining = itertools.islice(order.batches(start, rank, world), total - start.step)  # none where only the export is left
     with contextlib.closing(meter):
@@ -154,23 +185,49 @@ def _train_here(config: dict[str, Any]) -> None:
             last = position.step == total
             torch.manual_seed(recipe.run.seed + position.step)  # dropout, if there is any, is a function of the step as well
             watched = last or position.step % recipe.train.log_every == 0
-            measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched)
+            measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, world, watched, head)
             meter.add(micro_batches)
             if watched:
                 meter.log(position.step, measured, recipe.train.lr * learning_rate)
                 refuse_collapse(measured, position.step, recipe.train)
-            if last or position.step % recipe.train.evaluate_every == 0 or position.step % recipe.train.checkpoint_every == 0:
-                score = WORST
-                if judge and (last or position.step % recipe.train.evaluate_every == 0):
+            evaluating = last or position.step % recipe.train.evaluate_every == 0
+            if evaluating or position.step % recipe.train.checkpoint_every == 0:
+                score, accuracy = WORST, {}
+                if judge and evaluating:
                     verdict = judge.judge(student)
-                    score = float(position.step) if verdict.score is None else verdict.score
-                    meter.evaluated(position.step, verdict.accuracy, score)
-                _report(ray.train, rank, student, optimizer, position, score)
+                    score, accuracy = float(position.step) if verdict.score is None else verdict.score, verdict.accuracy
+                    meter.evaluated(position.step, accuracy, score)
+                save = functools.partial(checkpoint.save, model=student, optimizer=optimizer, position=position)
+                report(score, accuracy, position.step, save)
                 meter.pause()
 
 
+def _head(recipe: Recipe, device: str) -> Any:
+    """(weights, bias) of the head on the fine-tuned teacher's vectors, where the loss asks for it."""
+    import torch
+
+    if not recipe.train.loss.get("soft_labels"):
+        return None
+    found = selection.read_head(f"{recipe.folder}/selection/{recipe.finetune.task}.npz")
+    return torch.from_numpy(found.weights).to(device), torch.from_numpy(found.bias).to(device)
+
+
+def _parallel(student: Any) -> Any:
+    import ray.train.torch
+
+    return ray.train.torch.prepare_model(student, move_to_device=False)
+
+
 def step(
-    model: Any, student: Any, optimizer: Any, micro_batches: list[shards.Batch], settings: Train, rate: float, world: int, measure: bool
+    model: Any,
+    student: Any,
+    optimizer: Any,
+    micro_batches: list[shards.Batch],
+    settings: Train,
+    rate: float,
+    world: int,
+    measure: bool,
+    head: Any = None,
 ) -> dict[str, float]:
     """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step."""
     import torch
@@ -184,7 +241,7 @@ def step(
         waiting = world > 1 and number + 1 < len(micro_batches)
         with model.no_sync() if waiting else contextlib.nullcontext():
             s = model(ids, mask)[: len(t)]
-            value, terms = loss.total(s, t, settings.loss, settings.loss_temperature, settings.matryoshka)
+            value, terms = loss.total(s, t, settings.loss, settings.loss_temperature, settings.matryoshka, head)
             (value / len(micro_batches)).backward()
         if measure:
             found = {"loss": value.detach(), **terms, **collapse.measure(s.detach(), t)}
@@ -230,25 +287,12 @@ def refuse_collapse(measured: dict[str, float], done: int, settings: Train) -> N
         )
 
 
-def _report(api: Any, rank: int, student: Any, optimizer: Any, position: Position, score: float) -> None:
-    """Every rank reports as often as every other; rank 0 brings the checkpoint."""
-    from xdist import checkpoint
-
-    if rank != 0:
-        api.report({"selection": score})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, student, optimizer, position)
-        api.report({"selection": score, "step": position.step}, checkpoint=api.Checkpoint.from_directory(folder))
-
-
 class Meter:
-    """Rates and metrics of rank 0, to the driver's terminal and to MLflow. Evaluation and checkpoints do not count as
-    training time."""
+    """Rates and metrics, to the driver's terminal (`board`) and to MLflow (`metrics`), where they are given. Evaluation and
+    checkpoints do not count as training time."""
 
-    def __init__(self, board: Any, metrics: Any, world: int):
-        self.board = cluster.RemoteBoard(board) if metrics else None
-        self.metrics, self.world = metrics, world
+    def __init__(self, board: cluster.RemoteBoard | None, metrics: Any, world: int = 1):
+        self.board, self.metrics, self.world = board, metrics, world
         self.pause()
 
     def pause(self) -> None:
@@ -263,23 +307,24 @@ class Meter:
 
     def log(self, step_: int, measured: dict[str, float], learning_rate: float) -> None:
         """Send the mean rates since the last call and the measures of this step."""
-        if not self.board:
-            return
         seconds = max(time.monotonic() - self.started, 1e-9)
         rates = {
             "sequences_per_second": self.world * self.sequences / seconds,
             "tokens_per_second": self.world * self.tokens / seconds,
             "steps_per_second": self.steps / seconds,
         }
-        terms = {name: measured[name] for name in measured if name in ("cosine", "similarity", "mse", "contrastive", "soft_contrastive")}
-        self.board.post({"step": step_, "loss": measured["loss"], "terms": terms, **rates})
-        self.metrics.log({f"train/{name}": value for name, value in ({**measured, **rates, "lr": learning_rate}).items()}, step_)
+        terms = {name: measured[name] for name in measured if name in LOSSES}
+        if self.board:
+            self.board.post({"step": step_, "loss": measured["loss"], "terms": terms, **rates})
+        if self.metrics:
+            self.metrics.log({f"train/{name}": value for name, value in ({**measured, **rates, "lr": learning_rate}).items()}, step_)
         self.pause()
 
     def evaluated(self, step_: int, accuracy: dict[str, float], score: float) -> None:
         """Send what was found on held-out text."""
         if self.board:
             self.board.post({"step": step_, "selection": score, "accuracy": accuracy})
+        if self.metrics:
             self.metrics.log({f"held_out/{name}": value for name, value in accuracy.items()} | {"held_out/selection": score}, step_)
 
     def close(self) -> None:

@@ -1,0 +1,229 @@
+"""A search, end to end: real Ray Tune, a real MLflow store, a tiny student."""
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from xdist import files, findings, pipeline, recipes, spaces, track, tune
+from xdist.config import Recipe
+from xdist.errors import Refused
+from xdist.spaces import Space
+
+ROOT = Path(__file__).parent.parent
+MakeRecipe = Callable[..., Recipe]
+SEARCH = {"train.lr": {"grid": [1e-3, 1e-5]}, "data.sample": {"grid": [0.5, 1.0]}}
+
+
+def as_space(tmp_path: Path, search: dict[str, Any] = SEARCH, **keys: Any) -> str:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"search": search, **keys}))
+    return str(path)
+
+
+def loaded(path: str, recipe: Recipe) -> Space:
+    return spaces.load(path, recipes.read_yaml(path, "space", "tune_spaces/"), recipe)
+
+
+@pytest.fixture
+def searched(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> tuple[Recipe, Recipe, str]:
+    """(recipe, the search's own recipe, space file) of a finished search of four trials."""
+    recipe, space = make_recipe(), as_space(tmp_path, fixed={"train.steps": 8, "train.evaluate_every": 4})
+    pipeline.tune(recipe, space)
+    return recipe, tune.search_recipe(recipe, loaded(space, recipe)), space
+
+
+def children(search: Recipe) -> list[Any]:
+    parent = files.read_json(f"{search.folder}/mlflow.json")["run_id"]
+    client = mlflow.MlflowClient(track.uri_of(search))
+    experiment = client.get_run(parent).info.experiment_id
+    return list(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'"))
+
+
+def test_a_search_from_corpus_to_best_recipe(searched: tuple[Recipe, Recipe, str], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, search, space = searched
+    rows = files.read_json(f"{search.folder}/trials.json")
+    assert sorted((row["settings"]["train.lr"], row["settings"]["data.sample"]) for row in rows) == [
+        (1e-5, 0.5), (1e-5, 1.0), (1e-3, 0.5), (1e-3, 1.0),
+    ]  # fmt: skip
+    assert all(row["steps"] == row["of"] == 8 and row["outcome"] == "finished" for row in rows)
+    assert [len(row["curve"]) for row in rows] == [2] * 4
+    assert rows[0]["value"] == max(row["value"] for row in rows)
+    assert rows[0]["settings"]["train.lr"] == 1e-3  # a hundredth of it hardly moves a student in eight steps
+
+    prepared = sorted(Path(search.folder, "prepared").iterdir())
+    assert len(prepared) == 2  # one set of shards for each sample
+    embedded = [files.read_json(f"{folder}/embed.json") for folder in prepared]
+    assert sorted((found["embedded"], found["cached"]) for found in embedded) == [(0, 400), (400, 0)]
+
+    best = recipes.load(f"{search.folder}/best.yaml")
+    assert best.train.lr == 1e-3
+    assert best.run.name == "tiny-grid-best"
+    assert best.train.steps == recipe.train.steps == 12  # the search's own length is not the recipe's
+    assert best.data.corpora == recipe.data.corpora
+    with open(f"{search.folder}/trials.csv", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))
+    assert [float(line["selection"]) for line in table] == [row["value"] for row in rows]
+    assert "topic/es" in table[0]
+
+    store = sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*"))
+    capsys.readouterr()
+    pipeline.tune(recipe, space)  # once more: nothing is left to do
+    assert files.read_json(f"{search.folder}/trials.json") == rows
+    assert "step " not in capsys.readouterr().out.split("trial  ")[0]
+    assert sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*")) == store
+
+
+def test_mlflow_has_a_child_for_each_trial(searched: tuple[Recipe, Recipe, str]) -> None:
+    _, search, _ = searched
+    found = children(search)
+    assert sorted((run.data.params["train.lr"], run.data.params["data.sample"]) for run in found) == [
+        ("0.001", "0.5"), ("0.001", "1.0"), ("1e-05", "0.5"), ("1e-05", "1.0"),
+    ]  # fmt: skip
+    assert {run.info.status for run in found} == {"FINISHED"}
+    ended = files.read_json(f"{search.folder}/trials.json")
+    rows = {(str(row["settings"]["train.lr"]), str(row["settings"]["data.sample"])): row for row in ended}
+    for run in found:
+        row = rows[run.data.params["train.lr"], run.data.params["data.sample"]]
+        assert run.data.metrics["held_out/selection"] == pytest.approx(row["value"])
+        assert run.data.metrics["trial/steps"] == 8
+    parent = mlflow.MlflowClient(track.uri_of(search)).get_run(files.read_json(f"{search.folder}/mlflow.json")["run_id"])
+    assert parent.info.run_name == "tiny-grid"
+    assert parent.data.metrics["search/trials"] == 4
+    assert parent.data.metrics["search/steps"] == 32
+
+
+def test_asha_stops_the_weak_and_a_collapsed_trial_is_the_worst(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    """One after the other, best first: those behind it stop early."""
+    search = {"train.lr": {"grid": [2e-3, 1e-7, 1e-8, 5.0]}}
+    fixed = {"train.steps": 40, "train.evaluate_every": 4, "train.warmup_steps": 0}
+    recipe = make_recipe()
+    file = as_space(tmp_path, search, fixed=fixed, scheduler="asha", reduction=2, at_once=1, metric="translation/es")
+    with pytest.raises(Refused, match="no metric 'translation/es'; there are selection, accuracy, retrieval/es"):
+        pipeline.tune(recipe, file)
+    file = as_space(tmp_path, search, fixed=fixed, scheduler="asha", reduction=2, at_once=1)
+    pipeline.tune(recipe, file)
+    space = loaded(file, recipe)
+    rows = files.read_json(f"{tune.search_recipe(recipe, space).folder}/trials.json")
+    assert rows[0]["settings"]["train.lr"] == 2e-3
+    assert (rows[0]["steps"], rows[0]["outcome"]) == (40, "finished")
+    weak = {row["settings"]["train.lr"]: row for row in rows[1:]}
+    for lr in (1e-7, 1e-8):
+        assert weak[lr]["outcome"] == "stopped early"
+        assert weak[lr]["steps"] in (4, 8, 16)  # the times of comparison: the first is too early to tell for so small a difference
+    assert weak[5.0]["outcome"] == "collapsed"
+    spent, whole = findings.steps(rows)
+    assert spent == sum(row["steps"] for row in rows)
+    assert whole == 160
+
+
+def test_optuna_draws_within_the_space(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    pytest.importorskip("optuna")
+    search = {
+        "train.loss.contrastive": {"choice": [0, 0.1]},
+        "train.loss_temperature": {"uniform": [0.03, 0.3], "when": {"train.loss.contrastive": 0.1}},
+        "train.lr": {"loguniform": [1e-5, 1e-3]},
+    }
+    recipe, file = make_recipe(), as_space(tmp_path, search, searcher="tpe", samples=4, fixed={"train.steps": 2, "train.evaluate_every": 2})
+    pipeline.tune(recipe, file)
+    rows = files.read_json(f"{tune.search_recipe(recipe, loaded(file, recipe)).folder}/trials.json")
+    assert len(rows) == 4
+    for row in rows:
+        assert 1e-5 <= row["settings"]["train.lr"] <= 1e-3
+        assert ("train.loss_temperature" in row["settings"]) == (row["settings"]["train.loss.contrastive"] == 0.1)
+
+
+def test_another_space_under_the_same_name_is_refused(searched: tuple[Recipe, Recipe, str], tmp_path: Path) -> None:
+    recipe, _, _ = searched
+    other = as_space(tmp_path, {"train.lr": {"grid": [1e-4, 1e-3]}}, fixed={"train.steps": 8, "train.evaluate_every": 4})
+    with pytest.raises(Refused, match="tiny-grid has begun with another space; give this one another name"):
+        pipeline.tune(recipe, other)
+
+
+def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:
+    def row(number: int, lr: float, seed: int, value: float | None, outcome: str = "finished") -> dict[str, Any]:
+        return {"trial": f"{number:03d}", "settings": {"train.lr": lr, "run.seed": seed}, "value": value, "outcome": outcome}
+
+    rows = [
+        row(0, 1, 0, 0.9),
+        row(1, 1, 1, 0.1),
+        row(2, 2, 0, 0.6),
+        row(3, 2, 1, 0.6),
+        row(4, 3, 0, 0.99, "stopped early"),
+        row(5, 4, 0, None, "failed"),
+    ]
+    space = Space(name="s", search={"train.lr": {"grid": [1, 2, 3, 4]}})  # type: ignore[dict-item]
+    found = tune.ranked(rows, space)
+    assert [int(entry["trial"]) for entry in found] == [2, 3, 0, 1, 4, 5]
+    assert [entry["mean"] for entry in found] == [0.6, 0.6, 0.5, 0.5, 0.99, None]
+    smallest = tune.ranked(rows, space.model_copy(update={"mode": "min"}))
+    assert [int(entry["trial"]) for entry in smallest] == [0, 1, 2, 3, 4, 5]
+
+
+def test_killed_in_the_middle_it_goes_on(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Trials that ended are not run again, the one that was running continues from its checkpoint, and all end as they would
+    have: the same values as of a search that was left alone."""
+    fixed = {"train.steps": 60, "train.evaluate_every": 10}
+    space = as_space(tmp_path, {"train.lr": {"grid": [1e-3, 5e-4, 2e-4]}}, fixed=fixed, at_once=1)
+
+    def command(name: str) -> tuple[list[str], Recipe]:
+        recipe = make_recipe(run={"name": name, "storage": str(tmp_path / name)})
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        return [sys.executable, str(ROOT / "jobs" / "tune.py"), space, str(path)], tune.search_recipe(recipe, loaded(space, recipe))
+
+    def to_the_end(line: list[str], log: Path) -> None:
+        with started(line, log) as process:
+            assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+
+    def found(search: Recipe) -> list[Any]:
+        return [(row["settings"], row["value"], row["steps"]) for row in files.read_json(f"{search.folder}/trials.json")]
+
+    line, left_alone = command("left_alone")
+    to_the_end(line, tmp_path / "left_alone.log")
+
+    line, killed = command("killed")
+    log, notes = tmp_path / "killed.log", Path(killed.folder, "children")
+    with started(line, log) as process:
+        wait_for(lambda: b"1 of 3" in log.read_bytes() and b"001 lr=0.0005   step 20" in log.read_bytes(), process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not Path(killed.folder, "trials.json").exists()
+    begun = {path.stem: path.read_text() for path in notes.glob("*.json")}
+    to_the_end(line, log)
+    trials_told = log.read_text().split("\ntrial ")[0]
+    assert "000 lr=0.001   step 10 " not in trials_told, "a finished trial was run again"
+    assert "001 lr=0.0005   step 10 " not in trials_told, "a running trial began anew instead of going on"
+    assert found(left_alone) == found(killed)
+    assert not Path(killed.folder, "checkpoints").exists()  # nothing is left of them once the search has ended
+    assert begun.items() <= {path.stem: path.read_text() for path in notes.glob("*.json")}.items()
+    assert [run.info.status for run in children(killed)] == ["FINISHED"] * 3
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the command ended before the moment to kill it came"
+        assert time.monotonic() < deadline, "the moment to kill it never came"
+        time.sleep(0.05)

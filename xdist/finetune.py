@@ -1,0 +1,87 @@
+"""Fine-tune the teacher on a labelled task in the source language: its task knowledge is then in the vectors that it teaches.
+
+The second stage of Piperno et al. 2025 (10.1016/j.knosys.2025.113079). Writes <run>/teacher/, a sentence-transformers folder, and is
+done when that is there. The order of sentences is a function of the seed, so a run that was killed here begins this stage anew and
+ends in the same teacher.
+"""
+
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from xdist import batching, encoder, files, metrics, tasks
+from xdist.config import Recipe
+from xdist.encoder import Encoder
+from xdist.progress import Progress
+
+TEMPERATURE = 0.1  # of the contrastive loss
+HEAD_RATE = 10  # the head's learning rate over the layers'
+
+
+def finetune(recipe: Recipe) -> None:
+    """Write the fine-tuned teacher, where the recipe asks for one."""
+    uri = f"{recipe.folder}/teacher"
+    task = next((task for task in recipe.evaluate.tasks if task.name == recipe.finetune.task), None)
+    if task is None or files.exists(f"{uri}/modules.json"):
+        return
+    settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
+    teacher = encoder.load(encoder.located(recipe.teacher), *settings)
+    rows = tasks.read(recipe, task, "train", recipe.data.source_language)
+    learn(teacher, rows["text"], rows["label"], recipe)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = os.path.join(scratch, "teacher")
+        teacher.model.save(folder, create_model_card=False)
+        files.upload(folder, uri, last="modules.json")
+
+
+def learn(teacher: Encoder, texts: list[str], labels: list[str], recipe: Recipe) -> None:
+    """Fine-tune in place. The head starts as the logistic regression on the vectors as they are, so that the first steps do not
+    throw away what the teacher knows (linear probing, then fine-tuning: 2202.10054)."""
+    settings, longest = recipe.finetune, recipe.teacher.max_length
+    start = metrics.fit_chosen_head(teacher.encode(texts, max_length=longest), labels)
+    truth = torch.tensor([start.classes.index(label) for label in labels], device=teacher.device)
+    weights, bias = (torch.tensor(part, device=teacher.device, requires_grad=True) for part in (start.weights, start.bias))
+    ids = [np.asarray(row) for row in teacher.tokenize(texts, longest)]
+    body = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": body}, {"params": [weights, bias], "lr": settings.lr * HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    steps = _batches(len(ids), settings.batch_size, settings.epochs, recipe.run.seed)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
+    torch.manual_seed(recipe.run.seed)
+    teacher.train()
+    with Progress("finetune", "sentences", sum(map(len, steps))) as progress:
+        seen = 0
+        for picked in steps:
+            padded = batching.padded([ids[row] for row in picked], teacher.model.tokenizer.pad_token_id or 0)
+            vectors = teacher(*(torch.from_numpy(array).to(teacher.device) for array in padded))
+            wanted = truth[torch.from_numpy(picked).to(teacher.device)]
+            loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(body, recipe.train.clip)
+            optimizer.step()
+            decay.step()
+            seen += len(picked)
+            progress.update(seen)
+    teacher.eval()
+
+
+def _batches(count: int, size: int, epochs: int, seed: int) -> list[np.ndarray]:
+    """Row numbers of each step: every row once an epoch, in random order."""
+    orders = [batching.generator(seed, "finetune", epoch).permutation(count) for epoch in range(epochs)]
+    return [part for order in orders for part in np.array_split(order, max(1, round(count / size)))]
+
+
+def contrastive(vectors: Tensor, labels: Tensor) -> Tensor:
+    """Supervised contrastive loss (2004.11362, "out"): sentences of one class against all others in the batch. Sentences whose class
+    occurs once in the batch have nothing to be near to, and do not count."""
+    logits = (vectors @ vectors.T / TEMPERATURE).masked_fill(torch.eye(len(vectors), dtype=torch.bool, device=vectors.device), -torch.inf)
+    same = (labels[:, None] == labels[None, :]).fill_diagonal_(False)
+    counted = same.any(1)
+    likelihood = torch.log_softmax(logits, 1).masked_fill(~same, 0).sum(1)[counted] / same.sum(1)[counted]
+    return -likelihood.mean() if counted.any() else vectors.sum() * 0
