@@ -1,6 +1,10 @@
 """What tests share: a tiny random teacher built offline, a small parallel corpus, and one local Ray."""
 
+import contextlib
 import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,3 +130,35 @@ def make_recipe(tmp_path: Path, teacher: str) -> Callable[..., Recipe]:
         return Recipe(**settings)
 
     return make
+
+
+# --- commands that are killed ---
+
+
+def _heed_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own; whatever is left of it is ended by that session's id."""
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True, preexec_fn=_heed_ctrl_c
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
+    """Wait for the moment to kill a command."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the command ended before the moment to kill it came"
+        assert time.monotonic() < deadline, "the moment to kill it never came"
+        time.sleep(0.01)

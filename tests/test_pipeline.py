@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from conftest import wait_for
 from safetensors.numpy import load_file
 
 from xdist import files, pipeline, track
@@ -227,25 +229,12 @@ def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: 
 # --- kill -9 ---
 
 
-def _heed_ctrl_c() -> None:
-    """A shell's background jobs ignore it, and what they start inherits that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextlib.contextmanager
 def started(recipe_file: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command as a user starts it, in a session of its own; whatever is left of it is ended by that session's id."""
+    """The command as a user starts it."""
     command = [sys.executable, str(ROOT / "jobs" / "distill.py"), str(recipe_file)]
-    with open(folder / f"log-{time.time_ns()}.txt", "wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, preexec_fn=_heed_ctrl_c
-        )
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with conftest.started(command, folder / f"log-{time.time_ns()}.txt", folder) as process:
+        yield process
 
 
 def test_ctrl_c_says_that_the_same_command_continues(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -256,14 +245,6 @@ def test_ctrl_c_says_that_the_same_command_continues(make_recipe: MakeRecipe, tm
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
         assert process.wait(timeout=200) == 130, log.read_text()[-3000:]
     assert log.read_text().endswith("\nxdist: stopped; the same command continues this run\n")
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the command ended before the moment to kill it came"
-        assert time.monotonic() < deadline, "the moment to kill it never came"
-        time.sleep(0.01)
 
 
 def read_if_there(path: Path) -> bytes:

@@ -46,3 +46,8 @@ def test_a_stage_that_fails_claims_nothing(clock: list[float], capsys: pytest.Ca
     with pytest.raises(ValueError, match="broken"), Progress("embed", "sentences", 10):
         raise ValueError("broken")
     assert capsys.readouterr().out == ""
+
+
+def test_next_steps_are_a_table() -> None:
+    text = progress.next_steps(75, {"look at the report": "a.html", "compare": "b"})
+    assert text == "Done in 1 min 15 s. What to do next:\n  look at the report      a.html\n  compare                 b\n"

@@ -40,3 +40,8 @@ def test_corpora_of_any_place_are_logged_with_digest_and_rows(run: str) -> None:
     assert "/data/pairs.*.tsv" in found["local"].source
     assert "hf://owner/name" in found["hub"].source
     assert "memory://bucket/pairs.tsv" in found["store"].source
+
+
+def test_a_server_is_looked_at_where_it_is() -> None:
+    assert track.view("http://mlflow:5000") == "http://mlflow:5000"
+    assert track.view("sqlite:////runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"

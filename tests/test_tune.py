@@ -1,19 +1,17 @@
 """A search, end to end: real Ray Tune, a real MLflow store, a tiny student."""
 
-import contextlib
 import csv
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import yaml
+from conftest import started, wait_for
 
 from xdist import files, findings, pipeline, recipes, spaces, track, tune
 from xdist.config import Recipe
@@ -207,23 +205,3 @@ def test_killed_in_the_middle_it_goes_on(make_recipe: MakeRecipe, tmp_path: Path
     assert not Path(killed.folder, "checkpoints").exists()  # nothing is left of them once the search has ended
     assert begun.items() <= {path.stem: path.read_text() for path in notes.glob("*.json")}.items()
     assert [run.info.status for run in children(killed)] == ["FINISHED"] * 3
-
-
-@contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with open(log, "wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the command ended before the moment to kill it came"
-        assert time.monotonic() < deadline, "the moment to kill it never came"
-        time.sleep(0.05)

@@ -105,17 +105,13 @@ def html(search: Recipe, space: Space, rows: list[Row], pictures: dict[str, byte
     )
 
 
-def next_steps(search: Recipe, seconds: str) -> str:
+def next_steps(search: Recipe, tracking: str) -> dict[str, str]:
     """What to do with it."""
-    from xdist import track
-
-    lines = [
-        f"Done in {seconds}. What to do next:",
-        f"  train with the best     python jobs/distill.py {search.folder}/best.yaml",
-        f"  look at the report      {search.folder}/report.html",
-        f"  compare the trials      mlflow ui --backend-store-uri {track.uri_of(search)}",
-    ]
-    return "\n".join(lines) + "\n"
+    return {
+        "train with the best": f"python jobs/distill.py {search.folder}/best.yaml",
+        "look at the report": f"{search.folder}/report.html",
+        "compare the trials": tracking,
+    }
 
 
 def numbers(rows: list[Row], name: str) -> list[Any] | None:

@@ -14,7 +14,7 @@ from xdist import cluster, corpus, files
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.errors import Refused
-from xdist.progress import duration, say
+from xdist.progress import next_steps, say
 from xdist.recipes import differing
 
 BEFORE_TRAINING = ("parts", "corpus", "rejects", "teacher", "initial", "plan.json", "selection", "shards", "holdout", "prepared")
@@ -57,25 +57,29 @@ def _prepare(recipe: Recipe) -> Prepared:
     return prepared
 
 
-def _teacher_folder(recipe: Recipe) -> str:
-    """A local folder with the teacher, which is fine-tuned first where the recipe asks for that."""
+def _teacher(recipe: Recipe) -> tuple[str, Any, Any]:
+    """The teacher, which is fine-tuned first where the recipe asks for that: its folder here, the encoder, its fingerprint."""
     from xdist import encoder, finetune
 
     finetune.finetune(recipe)
-    return encoder.teacher_folder(recipe)
+    folder = encoder.teacher_folder(recipe)
+    teacher = encoder.load(folder, *_loading(recipe), recipe.teacher.prompt)
+    return folder, teacher, encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+
+
+def _loading(recipe: Recipe) -> tuple[str, str, bool]:
+    """How encoders are loaded: arithmetic, attention, remote code."""
+    return recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code
 
 
 def embed(recipe: Recipe) -> None:
     """Prepare, and embed what the store lacks."""
     from xdist import embed as embedding
-    from xdist import encoder
 
     settle(recipe)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
-        folder = _teacher_folder(recipe)
-        dimension = encoder.load(folder, "float32", "eager", recipe.teacher.trust_remote_code).dimension
-        embedded = embedding.embed(recipe, prepared, encoder.fingerprint(recipe.teacher, folder, dimension))
+        embedded = embedding.embed(recipe, prepared, _teacher(recipe)[2])
     say(f"          {embedded.embedded:,} sentences embedded, {embedded.cached:,} were in the store")
 
 
@@ -90,13 +94,10 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     encoder.located(recipe.teacher)
     with cluster.connected(recipe.cluster):
         prepared = _prepare(recipe)
-        folder = _teacher_folder(recipe)
-        settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
-        teacher = encoder.load(folder, *settings, recipe.teacher.prompt)
-        fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+        folder, teacher, fingerprint = _teacher(recipe)
         initial = student.build(recipe, folder, prepared)
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
-            untrained = encoder.load(files.local(initial), *settings)
+            untrained = encoder.load(files.local(initial), *_loading(recipe))
             _plan(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint))
         if plan:
             say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
@@ -106,7 +107,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
             rows = _evaluate(recipe, run_id)
             _once(recipe, "model", lambda: _log_model(recipe))
     say(report.table(recipe, rows))
-    say(_next(recipe, time.monotonic() - started))
+    say(next_steps(time.monotonic() - started, _next(recipe)))
 
 
 def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, store: Any) -> None:
@@ -169,7 +170,7 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
             _once(named, name, lambda unit=unit, name=name: _log_unit(named, run_id, unit, name, found))  # type: ignore[misc]
         _log_files(named, ("space.json", "summary.json", "results.csv", "report.html"))
     say(study_report.table(found["accuracy"]))
-    say(study_report.next_steps(named.folder, track.uri_of(named), duration(time.monotonic() - started)))
+    say(next_steps(time.monotonic() - started, study_report.next_steps(named.folder, track.view(track.uri_of(named)))))
 
 
 def _log_unit(named: Recipe, parent: str, unit: dict[str, str], name: str, found: dict[str, Any]) -> None:
@@ -200,7 +201,7 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
             track.log_metrics(findings.as_metrics(wanted, rows))
             _log_files(search, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"))
     say(findings.table(wanted, rows))
-    say(findings.next_steps(search, duration(time.monotonic() - started)))
+    say(next_steps(time.monotonic() - started, findings.next_steps(search, track.view(track.uri_of(search)))))
 
 
 def _settle_space(search: Recipe, space: dict[str, Any]) -> None:
@@ -212,13 +213,10 @@ def _settle_space(search: Recipe, space: dict[str, Any]) -> None:
 
 def _make_ready(recipe: Recipe) -> None:
     """All that training reads: clean corpus, untrained student, shards with the teacher's vectors, heads to select by."""
-    from xdist import encoder, selection, student
+    from xdist import selection, student
 
     prepared = _prepare(recipe)
-    folder = _teacher_folder(recipe)
-    settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
-    teacher = encoder.load(folder, *settings, recipe.teacher.prompt)
-    fingerprint = encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+    folder, teacher, fingerprint = _teacher(recipe)
     embedded = _cut(recipe, prepared, fingerprint, student.build(recipe, folder, prepared))
     say(f"          {embedded['embedded']:,} sentences embedded, {embedded['cached']:,} were in the store")
     selection.prepare(recipe, teacher)
@@ -308,14 +306,12 @@ def _log_files(recipe: Recipe, names: tuple[str, ...]) -> None:
         track.log_artifacts([files.download(f"{recipe.folder}/plots", os.path.join(scratch, "plots"))])
 
 
-def _next(recipe: Recipe, seconds: float) -> str:
+def _next(recipe: Recipe) -> dict[str, str]:
     from xdist import track
 
-    lines = [
-        f"Done in {duration(seconds)}. What to do next:",
-        f"  look at the report      {recipe.folder}/report.html",
-        f"  compare runs            mlflow ui --backend-store-uri {track.uri_of(recipe)}",
-        f"  use the student         SentenceTransformer({recipe.folder + '/student'!r}).encode([…])",
-        "  try another setting     the same command with --run.name other --train.lr 3e-4",
-    ]
-    return "\n".join(lines) + "\n"
+    return {
+        "look at the report": f"{recipe.folder}/report.html",
+        "compare runs": track.view(track.uri_of(recipe)),
+        "use the student": f"SentenceTransformer({recipe.folder + '/student'!r}).encode([…])",
+        "try another setting": "the same command with --run.name other --train.lr 3e-4",
+    }

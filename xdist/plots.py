@@ -1,6 +1,7 @@
 """The report's pictures, with matplotlib: each as PNG and SVG bytes."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -331,7 +332,8 @@ def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figur
         axis.axhline(100 * goals["teacher_on_source"], color="#444", lw=1, ls="--", label=f"teacher on {recipe.data.source_language}")
         sizes = sorted({p["size"] for entry in here for p in entry["points"]})
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45, fontsize=8)
+        ticks = [size for size, following in zip(sizes, [*sizes[1:], math.inf], strict=True) if following > 1.2 * size]
+        axis.set_xticks(ticks, [f"{size:,}" for size in ticks], rotation=45, fontsize=8)
         axis.minorticks_off()
         axis.set_title(f"{task}, {lang}")
     for axis in axes[-min(3, len(axes)) :]:

@@ -15,6 +15,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def next_steps(seconds: float, steps: dict[str, str]) -> str:
+    """What stands at the end of a job: how long it took, and what to do with it: purpose → command or place."""
+    lines = [f"  {purpose:<23} {command}" for purpose, command in steps.items()]
+    return "\n".join([f"Done in {duration(seconds)}. What to do next:", *lines, ""])
+
+
 def say(text: str = "") -> None:
     """One line to the user, at once."""
     print(text, flush=True)

@@ -91,8 +91,10 @@ def saved(entries: list[Row]) -> list[str]:
 
 
 def labels(found: tuple[float, float, float]) -> str:
-    """A number of labels with its interval."""
-    middle, low, high = (f"{value:,.0f}" if math.isfinite(value) else "more than measured" for value in found)
+    """A number of labels with its interval; the fit says nothing beyond twice the sizes that were measured."""
+    if math.isinf(found[1]):
+        return "out of reach"
+    middle, low, high = (f"{value:,.0f}" if math.isfinite(value) else "out of reach" for value in found)
     return f"{middle}, 95 % interval {low} to {high}"
 
 
@@ -118,12 +120,10 @@ def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: di
     )  # fmt: skip
 
 
-def next_steps(folder: str, uri: str, seconds: str) -> str:
+def next_steps(folder: str, tracking: str) -> dict[str, str]:
     """What to do with it."""
-    lines = [
-        f"Done in {seconds}. What to do next:",
-        f"  look at the report      {folder}/report.html",
-        f"  every fit               {folder}/results.csv",
-        f"  compare in MLflow       mlflow ui --backend-store-uri {uri}",
-    ]
-    return "\n".join(lines) + "\n"
+    return {
+        "look at the report": f"{folder}/report.html",
+        "every fit": f"{folder}/results.csv",
+        "compare in MLflow": tracking,
+    }

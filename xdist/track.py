@@ -29,6 +29,11 @@ def uri_of(recipe: Recipe) -> str:
     return f"sqlite:///{recipe.run.storage.removeprefix('file://')}/mlflow.db"
 
 
+def view(uri: str) -> str:
+    """How to look at a tracking store: a server's address as it is, otherwise the command that shows it."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
 def _quiet() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
