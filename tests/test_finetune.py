@@ -68,7 +68,10 @@ def test_the_second_stage_from_corpus_to_study(make_recipe: MakeRecipe, teacher:
         train={"loss": {"cosine": 1, "soft_labels": 0.5}},
     )
     pipeline.distill(second)
-    tuned = SentenceTransformer(f"{second.folder}/teacher", device="cpu")
+    place = finetune.place(second)
+    assert place == finetune.place(plain.model_copy(update={"finetune": second.finetune}))  # one for all runs that ask for the same
+    assert place != finetune.place(second.model_copy(update={"finetune": second.finetune.model_copy(update={"epochs": 5})}))
+    tuned = SentenceTransformer(place, device="cpu")
     texts = [row["en"] for row in sentences(20)]
     cosine = (tuned.encode(texts) * SentenceTransformer(teacher, device="cpu").encode(texts)).sum(1)
     assert cosine.max() < 0.9999  # it has moved
@@ -77,9 +80,10 @@ def test_the_second_stage_from_corpus_to_study(make_recipe: MakeRecipe, teacher:
     start, plain_student = (SentenceTransformer(f, device="cpu") for f in (f"{second.folder}/initial", f"{plain.folder}/student"))
     np.testing.assert_allclose(start.encode(texts), plain_student.encode(texts), atol=1e-5)
 
-    weights = files.digest(f"{second.folder}/teacher/model.safetensors")
+    weights = Path(place, "model.safetensors")
+    made = weights.stat().st_mtime_ns
     finetune.finetune(second)
-    assert files.digest(f"{second.folder}/teacher/model.safetensors") == weights  # done once
+    assert weights.stat().st_mtime_ns == made  # done once
 
     path = tmp_path / "few.yaml"
     path.write_text("study: {sizes: [8, 16, 30], seeds: 2, c: [10], methods: [student], task_runs: {topic: second}}")
@@ -119,5 +123,6 @@ def test_a_run_that_did_not_fine_tune_is_no_task_run(make_recipe: MakeRecipe, te
     with pytest.raises(Refused, match="topic: nothing is no finished run"):
         study.load("few.yaml", {"study": {"task_runs": {"topic": "nothing"}}}, recipe)
     files.upload(teacher, f"{recipe.folder}/student")
-    with pytest.raises(Refused, match=r"run tiny did not fine-tune its teacher; set finetune\.task there"):
+    pipeline.settle(recipe)
+    with pytest.raises(Refused, match=r"run tiny fine-tuned its teacher on nothing; set finetune\.task there"):
         study.load("few.yaml", {"study": {"task_runs": {"topic": "tiny"}}}, recipe)

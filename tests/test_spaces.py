@@ -79,10 +79,10 @@ def test_a_conditional_key_is_left_out_where_it_does_not_apply() -> None:
 @given(st.floats(1e-6, 1e3), st.floats(1.01, 100), st.integers(0, 2**32))
 def test_draws_stay_within_their_bounds(low: float, factor: float, seed: int) -> None:
     high = low * factor
-    search = {"a": {"loguniform": [low, high]}, "b": {"uniform": [low, high]}, "c": {"randint": [3, 5]}}
+    search = {"x.a": {"loguniform": [low, high]}, "x.b": {"uniform": [low, high]}, "x.c": {"randint": [3, 5]}}
     for trial in spaces.trials(space(search, samples=3), seed):
-        assert all(low * 0.999 <= trial[key] <= high * 1.001 for key in "ab")  # four digits are kept
-        assert trial["c"] in (3, 4, 5)
+        assert all(low * 0.999 <= trial[f"x.{key}"] <= high * 1.001 for key in "ab")  # four digits are kept
+        assert trial["x.c"] in (3, 4, 5)
 
 
 def test_loguniform_draws_each_decade_as_often() -> None:
@@ -94,6 +94,20 @@ def test_loguniform_draws_each_decade_as_often() -> None:
 def test_trials_are_a_function_of_space_and_seed() -> None:
     searched = space({"train.lr": {"uniform": [0, 1]}}, samples=4)
     assert spaces.trials(searched) == spaces.trials(searched) != spaces.trials(searched, seed=1)
+
+
+def test_what_only_holds_together_is_not_refused(load: Callable[..., Space]) -> None:
+    soft = {"grid": [0.5], "when": {"finetune.task": "specialty"}}
+    found = spaces.trials(load({"finetune.task": {"grid": [None, "specialty"]}, "train.loss.soft_labels": soft}))
+    assert found == [{"finetune.task": None}, {"finetune.task": "specialty", "train.loss.soft_labels": 0.5}]
+
+
+def test_samples_of_a_conditional_grid_are_as_many_for_each_arm() -> None:
+    temperature = {"grid": [0.02, 0.05, 0.1], "when": {"train.loss.contrastive": "1e0"}}
+    search = {"train.loss.contrastive": {"grid": [0, 1]}, "train.loss_temperature": temperature, "train.lr": {"uniform": [0, 1]}}
+    found = spaces.trials(space(search, samples=4))
+    arms = [(trial["train.loss.contrastive"], trial.get("train.loss_temperature")) for trial in found]
+    assert {arm: arms.count(arm) for arm in arms} == {(0, None): 4, (1, 0.02): 4, (1, 0.05): 4, (1, 0.1): 4}
 
 
 def test_numbers_as_yaml_spells_them(tmp_path: Path) -> None:
@@ -131,6 +145,11 @@ def test_numbers_as_yaml_spells_them(tmp_path: Path) -> None:
         ({"data.corpora.nothing.weight": {"grid": [1]}}, {}, "no such entry; there are sentences, terms"),
         ({"train.lr.peak": {"grid": [1]}}, {}, "lr has no keys of its own"),
         ({}, {}, "at least 1 item"),
+        ({"train.lr": {"grid": [1]}}, {"fixed": {"student": {"layers": [0]}}}, "student is a section of the recipe; name its keys"),
+        ({"train.lr": {"uniform": [0.1, 1]}}, {"searcher": "tpe", "seeds": [1]}, "leave seeds out"),
+        ({"train.loss.cosine": {"grid": [0, 1]}, "train.loss.similarity": {"grid": [0, 1]}}, {}, "all weights are zero"),
+        ({"student.dropout": {"uniform": [0.5, 1.4]}}, {"samples": 50}, r"student\.dropout: Input should be less than 1"),
+        ({"train.lr": {"grid": [1]}}, {"name": "../up"}, "name"),
         ({"train.lr": {"grid": [1]}}, {"schedular": "asha"}, "unknown key; did you mean scheduler"),
     ],
 )
@@ -163,6 +182,8 @@ def test_preparations_of_a_tpe_space_are_all_combinations() -> None:
     found = spaces.preparations(space(search, searcher="tpe"))
     assert [tuple(map(str, trial.values())) for trial in found] == [("0.5", "[0]"), ("0.5", "[0, 1]"), ("1", "[0]"), ("1", "[0, 1]")]
     assert spaces.preparations(space({"train.lr": {"uniform": [0, 1]}}, searcher="tpe")) == [{}]
+    conditional = {"train.clip": {"choice": [1, 2]}, "data.sample": {"choice": [0.5, 1], "when": {"train.clip": 1}}}
+    assert spaces.preparations(space(conditional, searcher="tpe")) == [{"data.sample": 0.5}, {"data.sample": 1}, {}]
 
 
 def test_a_written_recipe_is_the_recipe(tmp_path: Path) -> None:

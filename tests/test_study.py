@@ -132,6 +132,7 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_student(finished: Reci
         ({"methods": ["magic"]}, "methods"),
         ({"methods": []}, "nothing to compare"),
         ({"sizes": [0]}, "sizes"),
+        ({"c": [1, 1]}, "c: a value is listed twice"),
         ({"checkpoints": {"student": "x"}}, "'student' is taken"),
         ({"checkpoints": {"a/b": "x"}}, "no plain word"),
         ({"seedz": 1}, "unknown key; did you mean seeds"),
@@ -150,6 +151,18 @@ def test_a_study_and_a_search_in_one_file_are_refused(make_recipe: MakeRecipe, t
         pipeline.tune(make_recipe(), str(path))
 
 
+def test_a_study_that_is_a_list_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("study: [8, 16]\n")
+    with pytest.raises(Refused, match="study: expected keys with values"):
+        pipeline.tune(make_recipe(), str(path))
+
+
+def test_sizes_that_no_task_suffices_for_are_refused(finished: Recipe, tmp_path: Path, ray_cluster: None) -> None:
+    with pytest.raises(Refused, match="topic has fewer rows in es than the smallest of `sizes`"):
+        pipeline.tune(finished, as_file(tmp_path, sizes=[64, 128]))
+
+
 def test_a_study_needs_a_finished_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"has no student in .* yet; run jobs/distill\.py first"):
         pipeline.tune(make_recipe(), as_file(tmp_path))
@@ -162,10 +175,10 @@ def fits(method: str, sizes: dict[int, list[float]], **keys: Any) -> list[dict[s
 
 def test_summary_of_known_curves() -> None:
     """`before` follows 0.2 + 0.05 · log2(n) exactly; the student's zero-shot 0.45 lies at n = 32 on it."""
-    curve = {n: [0.2 + 0.05 * math.log2(n)] * 2 for n in (4, 8, 16, 64)}
+    curve = {n: [0.2 + 0.05 * math.log2(n)] * 3 for n in (4, 8, 16)} | {64: [0.5]}  # all rows: one sample, which every seed has
     rows = [
         *fits("teacher", {0: [0.5]}, language="en"),
-        *fits("student", {0: [0.45], 4: [0.5, 0.6], 8: [0.6, 0.7], 16: [0.7, 0.8]}),
+        *fits("student", {0: [0.45], 4: [0.5, 0.6], 8: [0.6, 0.7], 16: [0.7, 0.8]}),  # two seeds: no curve
         *fits("before", {0: [0.3], **curve}),
         *fits("before", {4: [0.9]}, c=9.0, chosen=False),  # a value of C that was not chosen does not count
     ]
@@ -176,6 +189,7 @@ def test_summary_of_known_curves() -> None:
     assert before["measured"] == {"teacher_on_source": 64, "student_zero_shot": 64}
     assert before["fit"]["slope"] == pytest.approx(0.05)
     assert student["zero_shot"] == 0.45
+    assert "fit" not in student
     point = student["points"][0]
     low, high = stats.t.interval(0.95, 1, loc=0.55, scale=stats.sem([0.5, 0.6]))
     assert (point["size"], point["mean"], point["low"], point["high"]) == pytest.approx((4, 0.55, low, high))

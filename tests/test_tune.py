@@ -150,7 +150,7 @@ def test_another_space_under_the_same_name_is_refused(searched: tuple[Recipe, Re
 
 def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:
     def row(number: int, lr: float, seed: int, value: float | None, outcome: str = "finished") -> dict[str, Any]:
-        return {"trial": f"{number:03d}", "settings": {"train.lr": lr, "run.seed": seed}, "value": value, "outcome": outcome}
+        return {"trial": tune.name_of(number), "settings": {"train.lr": lr, "run.seed": seed}, "value": value, "outcome": outcome}
 
     rows = [
         row(0, 1, 0, 0.9),
@@ -168,40 +168,93 @@ def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:
     assert [int(entry["trial"]) for entry in smallest] == [0, 1, 2, 3, 4, 5]
 
 
+def commands(make_recipe: MakeRecipe, tmp_path: Path, space: str, name: str) -> tuple[list[str], Recipe, Path]:
+    """(the command as a user gives it, the search's recipe, the log) with a storage of its own."""
+    recipe = make_recipe(run={"name": name, "storage": str(tmp_path / name)})
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), space, str(path)]
+    return command, tune.search_recipe(recipe, loaded(space, recipe)), tmp_path / f"{name}.log"
+
+
+def to_the_end(command: list[str], log: Path) -> None:
+    with started(command, log) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+
+
+def found(search: Recipe) -> list[Any]:
+    rows = files.read_json(f"{search.folder}/trials.json")
+    return [(row["settings"], row["value"], row["steps"], row["outcome"], row["curve"]) for row in rows]
+
+
 def test_killed_in_the_middle_it_goes_on(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Trials that ended are not run again, the one that was running continues from its checkpoint, and all end as they would
-    have: the same values as of a search that was left alone."""
+    """Under ASHA, one trial after the other: those that ended are not run again, the one that was running continues from its
+    checkpoint, later ones are stopped as if nothing had happened; all end as in a search that was left alone."""
     fixed = {"train.steps": 60, "train.evaluate_every": 10}
-    space = as_space(tmp_path, {"train.lr": {"grid": [1e-3, 5e-4, 2e-4]}}, fixed=fixed, at_once=1)
+    search = {"train.lr": {"grid": [1e-3, 7e-4, 1e-6, 1e-7]}}
+    space = as_space(tmp_path, search, fixed=fixed, at_once=1, scheduler="asha", reduction=2)
+    command, left_alone, log = commands(make_recipe, tmp_path, space, "left_alone")
+    to_the_end(command, log)
 
-    def command(name: str) -> tuple[list[str], Recipe]:
-        recipe = make_recipe(run={"name": name, "storage": str(tmp_path / name)})
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-        return [sys.executable, str(ROOT / "jobs" / "tune.py"), space, str(path)], tune.search_recipe(recipe, loaded(space, recipe))
-
-    def to_the_end(line: list[str], log: Path) -> None:
-        with started(line, log) as process:
-            assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
-
-    def found(search: Recipe) -> list[Any]:
-        return [(row["settings"], row["value"], row["steps"]) for row in files.read_json(f"{search.folder}/trials.json")]
-
-    line, left_alone = command("left_alone")
-    to_the_end(line, tmp_path / "left_alone.log")
-
-    line, killed = command("killed")
-    log, notes = tmp_path / "killed.log", Path(killed.folder, "children")
-    with started(line, log) as process:
-        wait_for(lambda: b"1 of 3" in log.read_bytes() and b"001 lr=0.0005   step 20" in log.read_bytes(), process)
+    command, killed, log = commands(make_recipe, tmp_path, space, "killed")
+    notes = Path(killed.folder, "children")
+    with started(command, log) as process:
+        wait_for(lambda: b"1 of 4" in log.read_bytes() and b"001 lr=0.0007   step 10" in log.read_bytes(), process)
         os.kill(process.pid, signal.SIGKILL)
     assert not Path(killed.folder, "trials.json").exists()
     begun = {path.stem: path.read_text() for path in notes.glob("*.json")}
-    to_the_end(line, log)
-    trials_told = log.read_text().split("\ntrial ")[0]
-    assert "000 lr=0.001   step 10 " not in trials_told, "a finished trial was run again"
-    assert "001 lr=0.0005   step 10 " not in trials_told, "a running trial began anew instead of going on"
-    assert found(left_alone) == found(killed)
-    assert not Path(killed.folder, "checkpoints").exists()  # nothing is left of them once the search has ended
+    to_the_end(command, log)
+    told = log.read_text()
+    assert "000 lr=0.001   step 10 " not in told, "a finished trial was run again"
+    assert "001 lr=0.0007   step 10  " not in told, "a running trial began anew instead of going on"
+    assert found(killed) == found(left_alone)
+    assert [row[3] for row in found(killed)][-1] == "stopped early"
+    assert not list(Path(killed.folder, "checkpoints").glob("*"))  # nothing is left of them once the trials have ended
     assert begun.items() <= {path.stem: path.read_text() for path in notes.glob("*.json")}.items()
-    assert [run.info.status for run in children(killed)] == ["FINISHED"] * 3
+    assert [run.info.status for run in children(killed)] == ["FINISHED"] * 4
+
+
+def test_ctrl_c_stops_a_search_that_goes_on_later(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    space = as_space(tmp_path, {"train.lr": {"grid": [1e-3, 1e-4]}}, fixed={"train.steps": 4000, "train.evaluate_every": 20}, at_once=1)
+    command, search, log = commands(make_recipe, tmp_path, space, "stopped")
+    with started(command, log) as process:
+        wait_for(lambda: b"000 lr=0.001   step 40" in log.read_bytes(), process)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        assert process.wait(timeout=200) == 130, log.read_text()[-3000:]
+    assert log.read_text().endswith("xdist: stopped; the same command continues this run\n")
+    assert not Path(search.folder, "best.yaml").exists()
+    record = files.read_json(f"{search.folder}/trials/000.json")
+    assert record["outcome"] is None
+    assert Path(search.folder, "checkpoints", "000", str(record["history"][-1]["step"]), "state.json").exists()
+
+
+def test_optuna_is_asked_again_for_what_it_gave(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    pytest.importorskip("optuna")
+    space = Space(name="s", searcher="tpe", samples=6, search={"train.lr": {"loguniform": [1e-5, 1]}, "train.clip": {"choice": [1, 2]}})  # type: ignore[dict-item]
+    asked = tune._tpe(space, 0, [])
+    first = [asked.suggest(f"t{number}")["trial"] for number in range(3)]
+    records = [{"trial": tune.name_of(found["number"]), "asked": found["asked"]} for found in (first[0], first[2])]  # 1 never began
+    again = tune._tpe(space, 0, records)
+    found = [again.suggest(f"u{number}")["trial"] for number in range(3)]
+    assert [(entry["number"], entry["settings"]) for entry in found[:2]] == [(0, first[0]["settings"]), (2, first[2]["settings"])]
+    assert found[2]["number"] == 1
+
+
+def test_trials_share_out_the_machine(ray_cluster: None) -> None:
+    space = Space(name="s", search={"train.lr": {"grid": [1]}})  # type: ignore[dict-item]
+    recipe = Recipe()
+    assert tune.share(recipe, space, 12) == (2, 1, 0)
+    assert tune.share(recipe, space, 1) == (1, 2, 0)
+    assert tune.share(recipe, space.model_copy(update={"at_once": 1}), 12) == (1, 2, 0)
+    with pytest.raises(Refused, match="need more than the 2 of this machine"):
+        tune.share(Recipe(cluster={"cpus_per_worker": 8}), space, 12)  # type: ignore[arg-type]
+
+
+def test_what_cannot_stop_early_is_refused_before_anything_is_trained(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    recipe = make_recipe()
+    file = as_space(tmp_path, {"train.lr": {"grid": [1e-3]}}, fixed={"train.steps": 6, "train.evaluate_every": 6}, scheduler="asha")
+    with pytest.raises(Refused, match="trials take 6 steps and are first compared at 6"):
+        pipeline.tune(recipe, file)
+    file = as_space(tmp_path, {"train.lr": {"grid": [1e-3]}}, fixed={"train.steps": 6, "train.evaluate_every": 3}, scheduler="asha")
+    pipeline.tune(recipe, file)  # mended, it runs under the same name
+    assert "lr: 0.001" in Path(f"{recipe.folder}-grid", "best.yaml").read_text()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-RESERVED = ("store", "mlflow.db", "mlartifacts")  # what lies beside the runs
+RESERVED = ("store", "teachers", "mlflow.db", "mlartifacts")  # what lies beside the runs
 LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
 LOSSES = ("cosine", "similarity", "mse", "contrastive", "soft_contrastive", "soft_labels")
 

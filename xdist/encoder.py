@@ -18,8 +18,8 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xdist import batching, files, layers
-from xdist.config import Recipe, Teacher
+from xdist import batching, layers
+from xdist.config import Teacher
 from xdist.errors import Refused
 from xdist.store import Fingerprint
 
@@ -203,13 +203,6 @@ def located(settings: Teacher) -> str:
         folder = _from_hub(settings)
     _check_weights(folder, settings)
     return os.path.abspath(folder)
-
-
-def teacher_folder(recipe: Recipe) -> str:
-    """A local folder with the recipe's teacher: the fine-tuned one where it asks for that, which is there by then."""
-    if not recipe.finetune.task:
-        return located(recipe.teacher)
-    return files.local(f"{recipe.folder}/teacher")
 
 
 def _in_package(path: str) -> str:

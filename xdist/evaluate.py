@@ -90,7 +90,7 @@ class ModelEncoder:
 
     def __call__(self, item: Row, board: cluster.RemoteBoard) -> Row:
         """Write one model's vectors."""
-        from xdist import encoder
+        from xdist import encoder, finetune
 
         recipe, model = self.recipe, item["model"]
         with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +98,7 @@ class ModelEncoder:
             if model in ("before", "after"):
                 folder = files.download(f"{recipe.folder}/{'initial' if model == 'before' else 'student'}", scratch)
             elif model == "teacher":
-                folder, prompt, longest = encoder.teacher_folder(recipe), recipe.teacher.prompt, recipe.teacher.max_length
+                folder, prompt, longest = finetune.teacher_folder(recipe), recipe.teacher.prompt, recipe.teacher.max_length
             elif "folder" in item:
                 folder = files.local(item["folder"])
             else:

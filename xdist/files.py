@@ -248,5 +248,18 @@ def download(uri: str, folder: str) -> str:
 
 
 def local(uri: str) -> str:
-    """A folder of the storage on this machine, in a place of its own that other processes share where it must be copied."""
-    return download(uri, os.path.join(tempfile.gettempdir(), "xdist", xxhash.xxh3_64_hexdigest(uri.encode())))
+    """A folder of the storage on this machine: itself, or a copy that processes share and that is made once for what is there."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    content = sorted(f"{info.path} {info.size} {info.mtime_ns}" for info in found)
+    folder = os.path.join(tempfile.gettempdir(), "xdist", xxhash.xxh3_64_hexdigest("\n".join([uri, *content]).encode()))
+    if not os.path.isdir(folder):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        copy = download(uri, tempfile.mkdtemp(dir=os.path.dirname(folder)))
+        try:
+            os.rename(copy, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(copy)
+    return folder

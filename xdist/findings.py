@@ -6,7 +6,6 @@ Reads the rows that `tune.run` gives, best first; writes trials.csv, best.yaml, 
 import base64
 import csv
 import io
-from typing import Any
 
 from xdist import files, spaces
 from xdist.config import Recipe
@@ -14,6 +13,7 @@ from xdist.spaces import Space
 from xdist.tune import Row, shown
 
 MOST_LINES = 20  # of the table on the terminal
+LENGTH = ("train.steps", "train.epochs", "train.evaluate_every", "train.checkpoint_every", "train.log_every")
 
 
 def write(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> None:
@@ -30,9 +30,10 @@ def write(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> None
 
 
 def best(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> str:
-    """The recipe with the best trial's settings, as YAML; what the space fixed for the search alone is not in it."""
-    settings = {key: value for key, value in rows[0]["settings"].items() if key != "run.seed"}
-    found = spaces.applied(recipe, settings)
+    """The recipe with the best trial's settings, as YAML. What the space fixed is in it too, apart from the search's length."""
+    settings = space.fixed | {key: value for key, value in rows[0]["settings"].items() if key != "run.seed"}
+    searched = [key for key in settings if key in space.search or key not in LENGTH]
+    found = spaces.applied(recipe, {key: settings[key] for key in searched})
     found = found.model_copy(update={"run": found.run.model_copy(update={"name": f"{search.run.name}-best"})})
     return spaces.written(found, f"Best of {len(rows)} trials of search {search.run.name}: {space.metric} {rows[0]['mean']:.4f}")
 
@@ -62,7 +63,7 @@ def _cells(row: Row, names: list[str], space: Space) -> list[str]:
         f"{row['steps']:,}",
         "" if row["value"] is None else f"{row['value']:.4f}",
         "" if accuracy is None else f"{accuracy:.4f}",
-        "" if row["outcome"] == "finished" else row["outcome"],
+        "" if row["outcome"] == "finished" else row["outcome"] or "unfinished",
     ]
 
 
@@ -114,7 +115,7 @@ def next_steps(search: Recipe, tracking: str) -> dict[str, str]:
     }
 
 
-def numbers(rows: list[Row], name: str) -> list[Any] | None:
-    """A key's values as numbers, one a row; None where they are not numbers."""
-    found = [row["settings"].get(name) for row in rows]
-    return found if all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in found) else None
+def numbers(rows: list[Row], name: str) -> bool:
+    """Whether all values of a key are numbers."""
+    found = [row["settings"][name] for row in rows if name in row["settings"]]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in found)

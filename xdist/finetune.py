@@ -1,16 +1,18 @@
 """Fine-tune the teacher on a labelled task in the source language: its task knowledge is then in the vectors that it teaches.
 
-The second stage of Piperno et al. 2025 (10.1016/j.knosys.2025.113079). Writes <run>/teacher/, a sentence-transformers folder, and is
-done when that is there. The order of sentences is a function of the seed, so a run that was killed here begins this stage anew and
-ends in the same teacher.
+The second stage of Piperno et al. 2025 (10.1016/j.knosys.2025.113079). Writes <storage>/teachers/<digest>/, a sentence-transformers
+folder, and is done when that is there. The order of sentences is a function of the seed, so a run that was killed here begins this
+stage anew and, on a CPU, ends in the same teacher.
 """
 
+import json
 import os
 import tempfile
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -23,20 +25,35 @@ TEMPERATURE = 0.1  # of the contrastive loss
 HEAD_RATE = 10  # the head's learning rate over the layers'
 
 
+def teacher_folder(recipe: Recipe) -> str:
+    """A local folder with the teacher that teaches: the recipe's, or the fine-tuned one, which is there by then."""
+    return files.local(place(recipe)) if recipe.finetune.task else encoder.located(recipe.teacher)
+
+
+def place(recipe: Recipe) -> str:
+    """Where the fine-tuned teacher is kept: once for all runs and trials that ask for the same one."""
+    rows = _rows(recipe)
+    asked = [recipe.teacher.model_dump(), recipe.finetune.model_dump(), recipe.run.seed, rows["text"], rows["label"]]
+    return f"{recipe.run.storage}/teachers/{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
+
+
+def _rows(recipe: Recipe) -> tasks.Rows:
+    task = next(task for task in recipe.evaluate.tasks if task.name == recipe.finetune.task)
+    return tasks.read(recipe, task, "train", recipe.data.source_language)
+
+
 def finetune(recipe: Recipe) -> None:
-    """Write the fine-tuned teacher, where the recipe asks for one."""
-    uri = f"{recipe.folder}/teacher"
-    task = next((task for task in recipe.evaluate.tasks if task.name == recipe.finetune.task), None)
-    if task is None or files.exists(f"{uri}/modules.json"):
+    """Make the fine-tuned teacher, where the recipe asks for one and it is not there."""
+    if not recipe.finetune.task or files.exists(f"{place(recipe)}/modules.json"):
         return
     settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
     teacher = encoder.load(encoder.located(recipe.teacher), *settings)
-    rows = tasks.read(recipe, task, "train", recipe.data.source_language)
+    rows = _rows(recipe)
     learn(teacher, rows["text"], rows["label"], recipe)
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.path.join(scratch, "teacher")
         teacher.model.save(folder, create_model_card=False)
-        files.upload(folder, uri, last="modules.json")
+        files.upload(folder, place(recipe), last="modules.json")
 
 
 def learn(teacher: Encoder, texts: list[str], labels: list[str], recipe: Recipe) -> None:

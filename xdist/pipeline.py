@@ -17,7 +17,7 @@ from xdist.errors import Refused
 from xdist.progress import next_steps, say
 from xdist.recipes import differing
 
-BEFORE_TRAINING = ("parts", "corpus", "rejects", "teacher", "initial", "plan.json", "selection", "shards", "holdout", "prepared")
+BEFORE_TRAINING = ("parts", "corpus", "rejects", "initial", "plan.json", "selection", "shards", "holdout", "prepared")
 
 
 def settle(recipe: Recipe) -> None:
@@ -62,7 +62,7 @@ def _teacher(recipe: Recipe) -> tuple[str, Any, Any]:
     from xdist import encoder, finetune
 
     finetune.finetune(recipe)
-    folder = encoder.teacher_folder(recipe)
+    folder = finetune.teacher_folder(recipe)
     teacher = encoder.load(folder, *_loading(recipe), recipe.teacher.prompt)
     return folder, teacher, encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
 
@@ -161,7 +161,8 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     _need_student(recipe)
     named = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": f"{recipe.run.name}-{wanted.name}"})})
     files.hold(f"{named.folder}/lock")
-    _settle_space(named, wanted.model_dump(mode="json") | {"student": files.digest(f"{recipe.folder}/student/model.safetensors")})
+    students = {name: f"{recipe.run.storage}/{name}/student/model.safetensors" for name in (recipe.run.name, *wanted.task_runs.values())}
+    _settle_space(named, wanted.model_dump(mode="json") | {"students": {name: files.digest(uri) for name, uri in students.items()}})
     with cluster.connected(recipe.cluster), track.run(named, "study") as run_id:
         rows = study.run(recipe, wanted, named.folder)
         found = study_report.write(recipe, wanted, named.folder, rows)
@@ -194,7 +195,7 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     with cluster.connected(recipe.cluster):
         for variant in searching.prepared_recipes(search, wanted):
             _make_ready(variant)
-        searching.names(search, wanted)  # a metric that is none is refused before anything is trained
+        searching.check(search, wanted)
         with track.run(search, "tune") as run_id:
             rows = searching.run(search, wanted, run_id)
             findings.write(recipe, search, wanted, rows)

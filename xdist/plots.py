@@ -257,14 +257,14 @@ def _keys(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
         return None
     figure, axes = _grid(len(names), 3.0)
     for axis, name in zip(axes, names, strict=True):
-        values = numbers(rows, name)
+        numeric = numbers(rows, name)
         here = [(row, row["settings"][name]) for row in rows if name in row["settings"]]
         labels = sorted({shown(value) for _, value in here})
         for row, value in here:
-            place = value if values is not None else labels.index(shown(value))
+            place = value if numeric else labels.index(shown(value))
             done = row["outcome"] == "finished"
             axis.plot(place, row["value"], "o", color=PALETTE[0], mfc=PALETTE[0] if done else "white", ms=6)
-        if values is None:
+        if not numeric:
             axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=8)
             axis.margins(x=0.2)
         elif name in space.search and space.search[name].loguniform:

@@ -60,7 +60,7 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: str | os.PathLike[str], what: str, examples: str) -> dict[str, Any]:
     """A YAML file's mapping. Raises Refused, with `what` the file is to be and the folder that holds examples."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+        settings = yaml.load(_text(str(path)), _StrictLoader)
     except FileNotFoundError:
         raise Refused(f"{what} {path} does not exist; {examples} holds examples") from None
     except OSError as error:
@@ -73,10 +73,18 @@ def read_yaml(path: str | os.PathLike[str], what: str, examples: str) -> dict[st
     return settings
 
 
+def _text(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from xdist import files  # only here: --help is to load nothing heavy
+
+    return files.read(path).decode()
+
+
 def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe file, with overrides as a nested dictionary."""
     settings = _merged(read_yaml(path, "recipe", "recipes/"), overrides or {})
-    own = {"run": {"recipe_folder": os.path.dirname(os.path.abspath(path))}}
+    own = {"run": {"recipe_folder": os.path.dirname(absolute(str(path)))}}
     recipe = check(_merged(own, settings), str(path))
     return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
 

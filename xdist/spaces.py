@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,6 +57,11 @@ class Knob(Section):
     def _numbers(cls, values: list[Any] | None) -> list[Any] | None:
         return values and [_number(value) for value in values]
 
+    @field_validator("when")
+    @classmethod
+    def _wanted(cls, when: dict[str, Any]) -> dict[str, Any]:
+        return {key: [_number(value) for value in _listed(wanted)] for key, wanted in when.items()}
+
     @model_validator(mode="after")
     def _one_kind(self) -> "Knob":
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -90,7 +95,7 @@ class Knob(Section):
 class Space(Section):
     """A search over recipe keys."""
 
-    name: str = ""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the search; the file's own by default. Its folder is <storage>/<run.name>-<name>."""
     search: dict[str, Knob] = Field(min_length=1)
     """The keys to search and their values."""
@@ -114,7 +119,7 @@ class Space(Section):
     mode: Literal["max", "min"] = "max"
     """Whether a larger metric is better."""
     minutes: float | None = Field(default=None, gt=0)
-    """No trial begins, and running ones end, after this time."""
+    """Time of one start: after it no trial begins and running ones stop; the same command goes on with them."""
     at_once: int | None = Field(default=None, ge=1)
     """Trials at the same time; as many as the cluster has room for when not given."""
 
@@ -133,8 +138,8 @@ class Space(Section):
                 if search[other].when:
                     raise ValueError(f"{key}: `when` asks for {other}, which is conditional itself; ask for what that one asks for")
                 known = search[other].values
-                if known is not None and not any(value in _listed(wanted) for value in known):
-                    raise ValueError(f"{key}: `when` asks for {other} in {_listed(wanted)}, which is none of its values {known}")
+                if known is not None and not any(value in wanted for value in known):
+                    raise ValueError(f"{key}: `when` asks for {other} in {wanted}, which is none of its values {known}")
         return search
 
     @model_validator(mode="after")
@@ -143,11 +148,15 @@ class Space(Section):
             if key.startswith(FIXED_BY_THE_SEARCH):
                 hint = "use `seeds`" if key == "run.seed" else "set it in the recipe"
                 raise ValueError(f"{key} cannot be searched or fixed in a space; {hint}")
+            if "." not in key:
+                raise ValueError(f"{key} is a section of the recipe; name its keys one by one ({key}.…)")
         for key in self.search.keys() & self.fixed.keys():
             raise ValueError(f"{key} is both searched and fixed; leave one out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is listed twice")
         if self.searcher == "tpe":
+            if self.seeds:
+                raise ValueError("seeds: searcher tpe learns from single trials; leave seeds out, or take searcher: random")
             for key, knob in self.search.items():
                 if knob.grid is not None:
                     raise ValueError(f"{key}: searcher tpe knows no grid; write choice, or searcher: random")
@@ -176,10 +185,9 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], recipe: Recipe)
         space = Space(**({"name": Path(path).stem} | settings))
     except ValidationError as error:
         raise Refused("\n".join(recipes.explained(error, str(path), list(Space.model_fields)))) from None
-    for key in [*space.search, *space.fixed]:
-        knob = space.search.get(key)
-        for value in (knob.values or [knob.draw(np.random.default_rng(0))]) if knob else [space.fixed[key]]:
-            applied(recipe, space.fixed | {key: value}, str(path))
+    fixed = applied(recipe, space.fixed, str(path))
+    for trial in trials(space):
+        applied(fixed, trial, str(path))
     return space
 
 
@@ -213,35 +221,49 @@ def trials(space: Space, seed: int = 0) -> list[Trial]:
     """All trials of a space with searcher random, each once: grids in every combination, `samples` draws of the other keys for
     each of them, every one with every seed. A pure function of space and seed."""
     rng = np.random.default_rng(seed)
-    found: dict[str, Trial] = {}
+    grids = {key: knob.grid for key, knob in space.search.items() if knob.grid is not None}
+    combinations = [dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())]
+    found: list[Trial] = []
     for _ in range(space.samples):
-        for combination in itertools.product(*(_tagged(key, knob) for key, knob in space.search.items() if knob.grid is not None)):
-            drawn = dict(combination) | {key: knob.draw(rng) for key, knob in space.search.items() if knob.grid is None}
-            trial = conditioned(space, {key: drawn[key] for key in space.search})
-            found.setdefault(json.dumps(trial, sort_keys=True, default=str), trial)
+        for combination in _unique(conditioned(space, combination, set(grids)) for combination in combinations):
+            drawn = {
+                key: combination[key] if key in grids else knob.draw(rng)
+                for key, knob in space.search.items()
+                if key not in grids or key in combination
+            }
+            found.append(conditioned(space, drawn))
+    found = _unique(found)
     seeds: list[Trial] = [{"run.seed": number} for number in space.seeds] or [{}]
-    return [trial | own for trial in found.values() for own in seeds]
+    return [trial | own for trial in found for own in seeds]
 
 
-def _tagged(key: str, knob: Knob) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for value in knob.grid or [])
+def _unique(trials: Iterable[Trial]) -> list[Trial]:
+    return list({json.dumps(trial, sort_keys=True, default=str): trial for trial in trials}.values())
 
 
-def conditioned(space: Space, trial: Trial) -> Trial:
-    """A trial without the keys whose `when` is not met."""
+def conditioned(space: Space, trial: Trial, known: set[str] | None = None) -> Trial:
+    """A trial without the keys whose `when` is not met. With `known`, only conditions on these keys count."""
     return {
         key: value
         for key, value in trial.items()
-        if all(trial.get(other) in _listed(wanted) for other, wanted in (space.search[key].when.items() if key in space.search else ()))
+        if all(
+            trial.get(other) in wanted
+            for other, wanted in (space.search[key].when.items() if key in space.search else ())
+            if known is None or other in known
+        )
     }
 
 
 def preparations(space: Space) -> list[Trial]:
-    """For searcher tpe: every combination of those keys that ask for training shards of their own."""
+    """For searcher tpe: every combination of those keys that ask for training shards of their own. A key that is conditional on
+    another that does not is there and is not."""
     keys = [key for key in space.search if not trains_alone(key)]
-    combinations = itertools.product(*(space.search[key].values or [] for key in keys))
-    found = [conditioned(space, dict(zip(keys, values, strict=True))) for values in combinations]
-    return list({json.dumps(trial, sort_keys=True): trial for trial in found}.values())
+    options: list[list[Trial]] = [
+        [{key: value} for value in space.search[key].values or []] + ([{}] if not space.search[key].when.keys() <= set(keys) else [])
+        for key in keys
+    ]
+    combinations = ({key: value for part in parts for key, value in part.items()} for parts in itertools.product(*options))
+    return _unique(conditioned(space, combination, set(keys)) for combination in combinations)
 
 
 def preparation(trial: Trial) -> Trial:

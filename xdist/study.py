@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from xdist import cluster, curve, evaluate, files, metrics, recipes, selection, tasks
 from xdist.config import Recipe, Section, Task, closest
 from xdist.errors import Refused
 from xdist.evaluate import BASELINE
-from xdist.progress import Progress
+from xdist.progress import Progress, say
 
 Row = dict[str, Any]
 METHODS = {"student": "after", "before": "before", "teacher": "teacher", BASELINE: BASELINE}  # name here → model of an evaluation
@@ -32,7 +33,7 @@ WHOLE = "all"
 class Study(Section):
     """What is compared, on which tasks, with how many labels."""
 
-    name: str = ""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the study; the file's own by default. Its folder is <storage>/<run.name>-<name>."""
     tasks: list[str] | None = None
     """Classification tasks of the recipe; all of them when not given."""
@@ -58,6 +59,8 @@ class Study(Section):
         for name in self.checkpoints:
             if name in (*METHODS, TASK) or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"checkpoints: {name!r} is taken or no plain word; choose another name")
+        if len(set(self.c)) < len(self.c):
+            raise ValueError("c: a value is listed twice")
         if not self.methods and not self.checkpoints:
             raise ValueError("methods: there is nothing to compare")
         return self
@@ -73,6 +76,8 @@ def load(path: str, settings: dict[str, Any], recipe: Recipe) -> Study:
     extra = settings.keys() - {"name", "study"}
     if extra:
         raise Refused(f"{path}: {min(extra)}: a file with `study` has no search; keep the two in files of their own")
+    if not isinstance(settings["study"] or {}, dict):
+        raise Refused(f"{path}: study: expected keys with values, as in tune_spaces/low_resource.yaml")
     try:
         study = Study(**({"name": settings.get("name", Path(path).stem)} | (settings["study"] or {})))
     except ValidationError as error:
@@ -88,8 +93,11 @@ def load(path: str, settings: dict[str, Any], recipe: Recipe) -> Study:
         folder = f"{recipe.run.storage}/{run_name}"
         if name not in known or not files.exists(f"{folder}/student/modules.json"):
             raise Refused(f"{path}: task_runs: {name}: {run_name} is no finished run of a task of the recipe in {recipe.run.storage}")
-        if not files.exists(f"{folder}/teacher/modules.json"):
-            raise Refused(f"{path}: task_runs: {name}: run {run_name} did not fine-tune its teacher; set finetune.task there")
+        tuned = (yaml.safe_load(files.read(f"{folder}/recipe.yaml")).get("finetune") or {}).get("task")
+        if tuned != name:
+            raise Refused(
+                f"{path}: task_runs: {name}: run {run_name} fine-tuned its teacher on {tuned or 'nothing'}; set finetune.task there"
+            )
     if not units(recipe, study):
         raise Refused(f"{path}: no classification task has rows in these languages; declare one in evaluate.tasks")
     return study
@@ -113,6 +121,13 @@ def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
     zero-shot: the head fitted on the teacher's vectors of the source language, which is also shown on that language itself.
     Needs a connected Ray and a finished run."""
     wanted = units(recipe, study)
+    for task, lang in dict.fromkeys((unit["task"], unit["language"]) for unit in wanted):
+        found = [size for size, _ in _sizes(recipe, study, {"task": task, "language": lang})]
+        if not found:
+            raise Refused(f"study {study.name}: {task} has fewer rows in {lang} than the smallest of `sizes`; add a smaller one, or all")
+        left_out = [size for size in study.sizes if size != WHOLE and int(size) not in found]
+        if left_out:
+            say(f"study     {task}, {lang}: no samples of {', '.join(map(str, left_out))}, since there are fewer rows")
     models = dict.fromkeys(["teacher", *(METHODS.get(name, name) for name in study.compared if name not in (BASELINE, TASK))])
     items = [{"model": model, "checkpoint": study.checkpoints.get(model, "")} for model in models]
     students = {name: f"{recipe.run.storage}/{run_name}/student" for name, run_name in study.task_runs.items()}
@@ -264,7 +279,7 @@ def summary(recipe: Recipe, rows: list[Row], measure: str = "accuracy") -> list[
         for method in dict.fromkeys(row["method"] for row in here):
             mine = [row for row in here if row["method"] == method and row["size"] and row["chosen"]]
             points = [_point([row for row in mine if row["size"] == size], measure) for size in sorted({row["size"] for row in mine})]
-            fitted = curve.fit([row["size"] for row in mine], [row[measure] for row in mine])
+            fitted = curve.fit(_curves(mine, measure))
             entry: Row = {"task": task, "language": lang, "method": method, "zero_shot": zero.get(method), "points": points, "goals": goals}
             entry["measured"] = {name: next((p["size"] for p in points if p["mean"] >= goal), None) for name, goal in goals.items()}
             if fitted:
@@ -272,6 +287,13 @@ def summary(recipe: Recipe, rows: list[Row], measure: str = "accuracy") -> list[
                 entry["labels"] = {name: fitted.labels(goal, recipe.run.seed) for name, goal in goals.items()}
             out.append(entry)
     return out
+
+
+def _curves(rows: list[Row], measure: str) -> dict[int, list[tuple[float, float]]]:
+    """(size, score) by seed. The sample of all rows is the same for every seed, and belongs to each."""
+    seeds = {row["seed"] for row in rows}
+    alone = {size for size in {row["size"] for row in rows} if sum(row["size"] == size for row in rows) < len(seeds)}
+    return {seed: [(row["size"], row[measure]) for row in rows if row["seed"] == seed or row["size"] in alone] for seed in seeds}
 
 
 def _point(rows: list[Row], measure: str) -> Row:

@@ -2,13 +2,15 @@
 
 Reads a recipe and a space. In the search's folder, <storage>/<run>-<space>/, it writes
 
-    prepared/<digest>/    corpus, untrained student and training shards, shared by all trials that need the same
-    trials/ children/     Ray Tune's state; the MLflow run of each trial
-    checkpoints/<trial>/  where a trial stands: newest.json names the checkpoint, and holds the measures taken there
-    trials.json best.yaml what every trial came to; the best settings as a recipe
+    prepared/<digest>/      corpus, untrained student and training shards, shared by all trials that need the same
+    trials/<trial>.json     settings, every measure that was taken, and what became of it; children/ names its MLflow run
+    checkpoints/<trial>/    where an unfinished trial stands
+    trials.json best.yaml   all trials, best first; the best settings as a recipe
 
-The teacher works before the trials and never in them: they read its vectors from the shards. A search that was killed at any
-moment goes on: trials that ended are kept, the others continue from their checkpoints.
+The teacher works before the trials and never in them: they read its vectors from the shards.
+
+A search that was killed goes on by the records in trials/, not by Tune's own state, which lags behind and forgets what its
+schedulers knew: every start is a new Tune run in which each trial first tells the measures that it took before.
 """
 
 import contextlib
@@ -17,12 +19,13 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import xxhash
 
-from xdist import files, recipes, selection, shards, spaces, track, train
+from xdist import cluster, files, recipes, selection, shards, spaces, track, train
 from xdist.config import Recipe
 from xdist.errors import Collapsed, Refused
 from xdist.progress import say
@@ -48,182 +51,241 @@ def trial_recipe(search: Recipe, trial: Trial) -> Recipe:
 
 def prepared_recipes(search: Recipe, space: Space) -> list[Recipe]:
     """One recipe for each set of training shards that trials need, its folder being theirs."""
-    found = spaces.preparations(space) if space.searcher == "tpe" else [spaces.preparation(trial) for trial in spaces.trials(space)]
+    found = spaces.preparations(space) if space.searcher == "tpe" else [spaces.preparation(trial) for trial in drawn(search, space)]
     return list({recipe.folder: recipe for recipe in (trial_recipe(search, trial) for trial in found)}.values())
+
+
+def drawn(search: Recipe, space: Space) -> list[Trial]:
+    """The trials of a space with searcher random; of another, a sample of what it may draw."""
+    return spaces.trials(space, search.run.seed)
 
 
 def run(search: Recipe, space: Space, parent: str) -> list[Row]:
     """Run what is left of a search whose training shards are there, below the MLflow run `parent`. Gives one row a trial, best
-    first. Needs a connected Ray. Raises Refused where no trial came to an end."""
+    first. Needs a connected Ray. Raises Refused where no trial came to a result."""
     from ray import tune
 
     if not search.cluster.verbose:
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables, which verbose=0 leaves on
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # how far Tune's record of finished trials may lag behind
-    measures = names(search, space)
-    trials = None if space.searcher == "tpe" else spaces.trials(space)
-    count = space.samples if trials is None else len(trials)
-    concurrent, resources = share(search, space, count)
-    each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU each"
-    say(f"search    {count} trials, {concurrent} at once with {each}; metric {space.metric}")
-    path, settings = f"{search.folder}/trials", search.model_dump(mode="json")
-    threads = 0 if resources["GPU"] else int(resources["CPU"])
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune takes Ctrl-C for the end of the search; here it is the usual exception
+    records = _records(search)
+    ended = {int(record["trial"]) for record in records if record["outcome"] not in (None, "failed")}
+    trials = [] if space.searcher == "tpe" else drawn(search, space)
+    count = len(trials) or space.samples
+    concurrent, cpus, gpus = share(search, space, count)
+    say(f"search    {count} trials, {concurrent} at once with {cpus} CPU, {gpus:g} GPU each; metric {space.metric}")
+    settings, threads, worst = search.model_dump(mode="json"), 0 if gpus else cpus, train.WORST * sign(space)
 
-    def trial(config: Trial) -> None:
-        _trial(config, settings, parent, threads, worst=train.WORST * sign(space))
+    def trial(config: dict[str, Any]) -> None:
+        _trial(config, settings, parent, threads, worst)
 
-    trainable = tune.with_resources(trial, resources)
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"settings": tune.grid_search(trials)} if trials is not None else None,
-            tune_config=tune.TuneConfig(
-                search_alg=_tpe(search, space) if trials is None else None,
-                scheduler=_scheduler(search, space),
-                num_samples=count if trials is None else 1,
-                max_concurrent_trials=concurrent,
-                time_budget_s=60 * space.minutes if space.minutes else None,
-                reuse_actors=True,  # a trial's process has its libraries loaded for the next one
-            ),
-            run_config=tune.RunConfig(
-                name="trials",
-                storage_path=search.folder,
-                callbacks=[_follower(search, space, count)],
-                verbose=0,
-            ),
-        )
-    results: Any = tuner.fit()
-    rows = ranked([_row(result, space, measures) for result in results], space)
+    ended_first = sorted(range(len(trials)), key=lambda number: number not in ended)  # so that schedulers know what was before
+    files.remove(f"{search.folder}/tune")
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": cpus, "GPU": gpus}),
+        param_space={"trial": tune.grid_search([{"number": n, "settings": trials[n]} for n in ended_first])} if trials else None,
+        tune_config=tune.TuneConfig(
+            search_alg=None if trials else _tpe(space, search.run.seed, records),
+            scheduler=_scheduler(search, space),
+            num_samples=1 if trials else count,
+            max_concurrent_trials=concurrent,
+            time_budget_s=60 * space.minutes if space.minutes else None,
+            reuse_actors=True,  # a trial's process has its libraries loaded for the next one
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=search.folder,
+            callbacks=[_follower(search, space, count)],
+            failure_config=tune.FailureConfig(max_failures=3),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    rows = ranked([_row(record, space) for record in _records(search)], space)
+    _end_children(search, rows)
     files.write_json(f"{search.folder}/trials.json", rows)
-    files.remove(f"{search.folder}/checkpoints")
     if not rows or rows[0]["mean"] is None:
         raise Refused(f"no trial came to a result; the first says: {rows[0]['error'] if rows else 'nothing'}")
+    for row in rows:
+        if row["outcome"]:
+            files.remove(f"{search.folder}/checkpoints/{row['trial']}")
+    files.remove(f"{search.folder}/tune")
     return rows
 
 
+def _records(search: Recipe) -> list[dict[str, Any]]:
+    """The records of all trials that have begun."""
+    folder = f"{search.folder}/trials"
+    return [files.read_json(f"{folder}/{name}") for name in files.names(folder, ".json")]
+
+
+def check(search: Recipe, space: Space) -> None:
+    """Raises Refused for a search that could not be run, now that its training shards are there."""
+    names(search, space)
+    _scheduler(search, space)
+    if space.searcher == "tpe":
+        _tpe(space, 0, [])
+
+
 def names(search: Recipe, space: Space) -> list[str]:
-    """What trials are measured by. Raises Refused where the space's metric is none of these."""
-    found: dict[str, None] = {"selection": None, "accuracy": None}
-    for recipe in prepared_recipes(search, space):
-        found |= dict.fromkeys(selection.Judge(recipe).names)
-    if space.metric not in found:
-        raise Refused(f"space {space.name}: no metric {space.metric!r}; there are {', '.join(found)}")
-    return list(found)
+    """What trials are measured by: what all of them have. Raises Refused where the space's metric is none of these."""
+    found = [selection.Judge(recipe).names for recipe in prepared_recipes(search, space)]
+    common = [name for name in found[0] if all(name in other for other in found)]
+    if not common:
+        raise Refused(f"space {space.name}: trials have nothing to be compared by; set data.holdout, or give an evaluation task a dev set")
+    if space.metric not in (known := ["selection", "accuracy", *common]):
+        raise Refused(f"space {space.name}: no metric {space.metric!r}; there are {', '.join(known)}")
+    return known
 
 
-def share(search: Recipe, space: Space, count: int) -> tuple[int, dict[str, float]]:
-    """(trials at once, resources of each): a GPU each where there are any, otherwise the cluster's CPUs shared out."""
+def share(search: Recipe, space: Space, count: int) -> tuple[int, int, float]:
+    """(trials at once, CPUs, GPUs of each): as many as there are GPUs, or CPUs, and as `at_once` and `count` allow. Raises Refused
+    where a local Ray has less than even one needs."""
     import ray
 
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 1)), total.get("GPU", 0)
-    if gpus >= 1 and search.cluster.gpus_per_worker != 0:
-        each = search.cluster.gpus_per_worker or 1.0
-        cores = search.cluster.cpus_per_worker or 1
-        concurrent = max(1, min(count, int(gpus / each), cpus // cores, space.at_once or count))
-        return concurrent, {"CPU": cores, "GPU": each}
-    concurrent = max(1, min(count, cpus // (search.cluster.cpus_per_worker or 1), space.at_once or count))
-    return concurrent, {"CPU": search.cluster.cpus_per_worker or max(1, cpus // concurrent), "GPU": 0}
+    total, settings = ray.cluster_resources(), search.cluster
+    if total.get("GPU", 0) >= 1 and settings.gpus_per_worker != 0:
+        room = int(total["GPU"] / (settings.gpus_per_worker or 1))
+    else:
+        room = int(total.get("CPU", 1)) // (settings.cpus_per_worker or 1)
+    concurrent = max(1, min(count, space.at_once or room))
+    return concurrent, *cluster.resources(settings.model_copy(update={"workers": concurrent}))
 
 
 def _scheduler(search: Recipe, space: Space) -> Any:
     from ray.tune import schedulers
 
+    if space.scheduler == "none":
+        return None
     grace = space.grace_steps or search.train.evaluate_every
+    most = max(shards.order(trial_recipe(search, trial)).total_steps() for trial in drawn(search, space))
+    if grace >= most:
+        raise Refused(
+            f"space {space.name}: trials take {most} steps and are first compared at {grace}, so none can be stopped early; set "
+            "train.evaluate_every (in `fixed`) or grace_steps to less, or scheduler: none"
+        )
     common: dict[str, Any] = {"time_attr": "step", "metric": space.metric, "mode": space.mode, "grace_period": grace}
     if space.scheduler == "asha":
-        most = max(shards.order(recipe).total_steps() for recipe in prepared_recipes(search, space))
         return schedulers.ASHAScheduler(max_t=most, reduction_factor=space.reduction, **common)
-    if space.scheduler == "median":
-        return schedulers.MedianStoppingRule(**common)
-    return None
+    return schedulers.MedianStoppingRule(**common)
 
 
-def _tpe(search: Recipe, space: Space) -> Any:
+def _tpe(space: Space, seed: int, records: list[dict[str, Any]]) -> Any:
+    """Optuna's TPE over the space: trials that have begun come first, with the settings that they had."""
     try:
-        import optuna  # noqa: F401  (OptunaSearch alone says so late, and not what to do)
-        from ray.tune.search.optuna import OptunaSearch
+        import optuna
     except ImportError:
         raise Refused(f"space {space.name}: searcher tpe needs Optuna: pip install 'xdist-ray[optuna]', or searcher: random") from None
-    return OptunaSearch(_Suggested(space), metric=space.metric, mode=space.mode, seed=search.run.seed)
+    from ray.tune.search import Searcher
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    class Tpe(Searcher):
+        """Asks Optuna for settings, key by key, so that conditional keys are only asked for where they apply."""
+
+        def __init__(self) -> None:
+            super().__init__(metric=space.metric, mode=space.mode)
+            direction = optuna.study.StudyDirection.MAXIMIZE if space.mode == "max" else optuna.study.StudyDirection.MINIMIZE
+            self.study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
+            self.asked: dict[str, Any] = {}
+            begun = [int(record["trial"]) for record in records]
+            self.numbers = [*begun, *(number for number in range(space.samples) if number not in begun)]
+            for record in records:
+                self.study.enqueue_trial(record["asked"])
+
+        def suggest(self, trial_id: str) -> dict[str, Any]:
+            number, asked = self.numbers[len(self.asked)], self.study.ask()
+            self.asked[trial_id] = asked
+            settings: Trial = {}
+            for key, knob in sorted(space.search.items(), key=lambda entry: bool(entry[1].when)):
+                if key in spaces.conditioned(space, settings | {key: None}):
+                    settings[key] = _asked(asked, key, knob)
+            return {"trial": {"number": number, "settings": settings, "asked": dict(asked.params)}}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            value = (result or {}).get(space.metric)
+            failed = error or value is None
+            self.study.tell(self.asked[trial_id], None if failed else value, optuna.trial.TrialState.FAIL if failed else None)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: a search goes on by its trials' records."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing, as `save`."""
+
+    return Tpe()
 
 
-class _Suggested:
-    """Optuna's side of a space, key by key, so that conditional keys are only asked for where they apply."""
-
-    def __init__(self, space: Space):
-        self.space = space
-
-    def __call__(self, trial: Any) -> dict[str, Any]:
-        drawn: Trial = {}
-        for key, knob in sorted(self.space.search.items(), key=lambda entry: bool(entry[1].when)):
-            if key in spaces.conditioned(self.space, drawn | {key: None}):
-                drawn[key] = self._one(trial, key, knob)
-        return {"settings": drawn}
-
-    def _one(self, trial: Any, key: str, knob: spaces.Knob) -> Any:
-        if knob.values is not None:  # Optuna's categories are numbers and texts; ours may be lists and mappings
-            return knob.values[trial.suggest_categorical(key, list(range(len(knob.values))))]
-        if knob.randint:
-            return trial.suggest_int(key, *knob.randint)
-        low, high = knob.loguniform or knob.uniform or (0.0, 1.0)
-        return trial.suggest_float(key, low, high, log=knob.loguniform is not None)
+def _asked(asked: Any, key: str, knob: spaces.Knob) -> Any:
+    if knob.values is not None:  # Optuna's categories are numbers and texts; ours may be lists and mappings
+        return knob.values[asked.suggest_categorical(key, list(range(len(knob.values))))]
+    if knob.randint:
+        return asked.suggest_int(key, *knob.randint)
+    low, high = knob.loguniform or knob.uniform or (0.0, 1.0)
+    return asked.suggest_float(key, low, high, log=knob.loguniform is not None)
 
 
 # --- in a trial's process ---
 
 
-def _trial(config: Trial, settings: dict[str, Any], parent: str, threads: int, worst: float) -> None:
-    """Train with one set of settings, telling Tune the measures at each evaluation; a student that collapses has the worst ones."""
+def _trial(config: dict[str, Any], settings: dict[str, Any], parent: str, threads: int, worst: float) -> None:
+    """Train with one set of settings, telling Tune the measures at each evaluation, those of an earlier start first; a student that
+    collapses has the worst ones."""
     import torch
     from ray import tune
 
     if threads:
         torch.set_num_threads(threads)
-    search = Recipe(**settings)
-    recipe = trial_recipe(search, config["settings"])
-    name = name_of(tune.get_context().get_trial_id())
-    marker, uri = f"{search.folder}/children/{name}.json", track.uri_of(search)
-    run_id = track.child(uri, parent, label(name, config["settings"]), logged(recipe, config["settings"]), marker)
-    metrics = track.Metrics(uri, run_id)
-    total = shards.order(recipe).total_steps()
-
-    standing = f"{search.folder}/checkpoints/{name}"
-    newest = files.read_json(f"{standing}/newest.json") if files.exists(f"{standing}/newest.json") else None
-    if newest and newest["step"] == total:  # killed when it had ended, before Tune took note
-        tune.report(newest)
+    search, trial, name = Recipe(**settings), config["trial"]["settings"], name_of(config["trial"]["number"])
+    uri = f"{search.folder}/trials/{name}.json"
+    record = {"trial": name, **config["trial"], "history": [], "outcome": None, "error": ""}
+    if files.exists(uri):
+        record = files.read_json(uri)
+    if record["outcome"] == "failed":
+        record |= {"outcome": None, "error": ""}
+    for point in record["history"]:
+        tune.report(point | {"again": True})
+    if record["outcome"]:
         return
+    recipe = trial_recipe(search, trial)
+    tracking, marker = track.uri_of(search), f"{search.folder}/children/{name}.json"
+    metrics = track.Metrics(tracking, track.child(tracking, parent, label(name, trial), logged(recipe, trial), marker))
+    total, started = shards.order(recipe).total_steps(), time.monotonic()
+    before = record["history"][-1] if record["history"] else {"step": 0, "seconds": 0.0}
 
     def report(score: float, accuracy: dict[str, float], step: int, save: Callable[[str], None]) -> None:
         metrics.send()  # a trial that is stopped early ends here
-        found = {"selection": score, "accuracy": _mean(accuracy), **accuracy, "step": step, "of": total}
-        _keep(standing, found, save)
+        seconds = before["seconds"] + time.monotonic() - started
+        found = {"selection": score, "accuracy": _mean(accuracy), **accuracy, "step": step, "of": total, "seconds": seconds}
+        record["history"].append(found)
+        record["outcome"] = "finished" if step == total else None
+        _keep(f"{search.folder}/checkpoints/{name}", uri, record, save)
         tune.report(found)
 
     try:
-        train.fit(recipe, report, train.Meter(None, metrics), _folder(f"{standing}/{newest['step']}") if newest else None)
+        resumed = _folder(f"{search.folder}/checkpoints/{name}/{before['step']}") if before["step"] else None
+        train.fit(recipe, report, train.Meter(None, metrics), resumed)
     except Collapsed as error:
         metrics.flush()
         lost = dict.fromkeys(["selection", "accuracy", *selection.Judge(recipe).names], worst)
-        tune.report(lost | {"step": total, "of": total, "collapsed": str(error)})
+        record["history"].append(lost | {"step": total, "of": total, "seconds": before["seconds"] + time.monotonic() - started})
+        files.write_json(uri, record | {"outcome": "collapsed", "error": str(error)})
+        tune.report(record["history"][-1])
 
 
-def _keep(standing: str, found: dict[str, Any], save: Callable[[str], None]) -> None:
-    """Keep a checkpoint in place of the one before; of a trial that has ended, its measures alone. Tune's own checkpoints would not
-    do: its record of where a trial stands lags behind, and after a kill names one that is gone."""
-    before = files.read_json(f"{standing}/newest.json")["step"] if files.exists(f"{standing}/newest.json") else None
-    if found["step"] < found["of"]:
+def _keep(checkpoints: str, uri: str, record: dict[str, Any], save: Callable[[str], None]) -> None:
+    """Keep a checkpoint, of a trial that has not ended, and the record that names it; then drop the checkpoint before."""
+    steps = [point["step"] for point in record["history"]]
+    if not record["outcome"]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = os.path.join(scratch, "checkpoint")
             os.mkdir(folder)
             save(folder)
-            files.upload(folder, f"{standing}/{found['step']}")
-    files.write_json(f"{standing}/newest.json", found)
-    if before is not None:
-        files.remove(f"{standing}/{before}")
+            files.upload(folder, f"{checkpoints}/{steps[-1]}")
+    files.write_json(uri, record)
+    if len(steps) > 1:
+        files.remove(f"{checkpoints}/{steps[-2]}")
 
 
 @contextlib.contextmanager
@@ -237,10 +299,9 @@ def _mean(accuracy: dict[str, float]) -> float:
     return sum(accuracy.values()) / len(accuracy) if accuracy else math.nan
 
 
-def name_of(trial_id: str) -> str:
-    """A trial's number in its search, from Tune's name for it: 003. Optuna gives eight letters and digits instead."""
-    last = trial_id.rsplit("_", 1)[-1]
-    return last.lstrip("0").zfill(3) if "_" in trial_id else last
+def name_of(number: int) -> str:
+    """A trial's name in its search."""
+    return f"{number:03d}"
 
 
 def label(name: str, trial: Trial) -> str:
@@ -268,36 +329,49 @@ def _follower(search: Recipe, space: Space, count: int) -> Any:
     from ray.tune import Callback
 
     class Follower(Callback):
-        """Says what trials do, and ends their MLflow runs."""
-
-        def __init__(self) -> None:
-            self.uri, self.folder, self.metric, self.sign = track.uri_of(search), search.folder, space.metric, sign(space)
+        """Says what trials do, notes what becomes of them, and ends their MLflow runs."""
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-            if result["step"] < result["of"]:
+            if result["step"] < result["of"] and "again" not in result:
                 say(self._line(trial, result))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self._end(trials, trial, "FINISHED", outcome(trial.last_result or {}))
+            self._end(trials, trial, "stopped early", "")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self._end(trials, trial, "FAILED", "failed")
+            self._end(trials, trial, "failed", str(trial.get_error()).strip().splitlines()[-1])
 
         def _line(self, trial: Any, result: dict[str, Any]) -> str:
-            name = label(name_of(trial.trial_id), trial.config["settings"])
-            return f"  {name}   step {result.get('step', 0):,}   {self.metric} {result.get(self.metric, math.nan):.3f}"
+            found = trial.config["trial"]
+            value = result.get(space.metric, math.nan)
+            return f"  {label(name_of(found['number']), found['settings'])}   step {result.get('step', 0):,}   {space.metric} {value:.3f}"
 
-        def _end(self, trials: list[Any], trial: Any, status: str, word: str) -> None:
-            result = trial.last_result or {}
+        def _end(self, trials: list[Any], trial: Any, outcome: str, error: str) -> None:
+            result, name = trial.last_result or {}, name_of(trial.config["trial"]["number"])
+            uri = f"{search.folder}/trials/{name}.json"
+            record = files.read_json(uri) if files.exists(uri) else {"trial": name, **trial.config["trial"], "history": [], "outcome": None}
+            if record["outcome"] and "again" in result:
+                return  # it had ended before this start
+            if record["outcome"] is None:
+                record |= {"outcome": outcome, "error": error}
+                files.write_json(uri, record)
             ended = [other for other in trials if other is trial or other.status in ("TERMINATED", "ERROR")]
-            values = [self.sign * (other.last_result or {}).get(self.metric, -self.sign * math.inf) for other in ended]
+            values = [sign(space) * (other.last_result or {}).get(space.metric, -sign(space) * math.inf) for other in ended]
             best = "   best so far" if math.isfinite(max(values)) and values[ended.index(trial)] == max(values) else ""
-            say(f"{self._line(trial, result)}   {word}, {len(ended)} of {count}{best}")
-            marker = f"{self.folder}/children/{name_of(trial.trial_id)}.json"
-            if files.exists(marker):
-                track.ended(self.uri, files.read_json(marker)["run_id"], status, [("trial/steps", 0, float(result.get("step", 0)))])
+            say(f"{self._line(trial, result)}   {record['outcome']}, {len(ended)} of {count}{best}")
+            with contextlib.suppress(Exception):  # where MLflow is away for a while; when all trials have ended, they all are ended
+                _end_children(search, [_row(record, space)])
 
     return Follower()
+
+
+def _end_children(search: Recipe, rows: list[Row]) -> None:
+    """End the MLflow runs of these trials: FINISHED, FAILED, or KILLED where they are unfinished."""
+    for row in rows:
+        marker = f"{search.folder}/children/{row['trial']}.json"
+        if files.exists(marker):
+            status = {"failed": "FAILED", "unfinished": "KILLED"}.get(row["outcome"] or "unfinished", "FINISHED")
+            track.ended(track.uri_of(search), files.read_json(marker)["run_id"], status, [("trial/steps", 0, float(row["steps"]))])
 
 
 def sign(space: Space) -> int:
@@ -305,36 +379,28 @@ def sign(space: Space) -> int:
     return 1 if space.mode == "max" else -1
 
 
-def outcome(result: dict[str, Any]) -> str:
-    """What became of a trial that ended, by its last measures."""
-    if "collapsed" in result:
-        return "collapsed"
-    return "finished" if result.get("step") == result.get("of") else "stopped early"
-
-
-def _row(result: Any, space: Space, names: list[str]) -> Row:
-    """What one trial came to; `value` is None where it never was compared, `curve` its (step, value) points."""
-    found = result.metrics or {}
-    frame = result.metrics_dataframe
-    curve = [] if frame is None or space.metric not in frame else frame[["step", space.metric]].dropna().values.tolist()
-    word = "failed" if result.error else outcome(found)
+def _row(record: dict[str, Any], space: Space) -> Row:
+    """What one trial came to; `value` is None where it never was compared or has failed, `curve` its (step, value) points."""
+    history = record["history"]
+    last = history[-1] if history else {}
+    counted = record["outcome"] not in ("failed", "collapsed")
     return {
-        "trial": name_of(found["trial_id"]) if "trial_id" in found else "",
-        "settings": (result.config or found.get("config") or {}).get("settings", {}),
-        "value": found.get(space.metric) if word in ("finished", "stopped early") else None,
-        "steps": found.get("step", 0),
-        "of": found.get("of", 0),
-        "outcome": word,
-        "error": str(result.error).strip().splitlines()[-1] if result.error else found.get("collapsed", ""),
-        "seconds": found.get("time_total_s", 0.0),
-        "measures": {name: found[name] for name in names if name in found},
-        "curve": curve,
+        "trial": record["trial"],
+        "settings": record["settings"],
+        "value": last.get(space.metric) if counted else None,
+        "steps": last.get("step", 0),
+        "of": last.get("of", 0),
+        "outcome": record["outcome"],
+        "error": record.get("error", ""),
+        "seconds": last.get("seconds", 0.0),
+        "measures": {name: value for name, value in last.items() if name not in ("step", "of", "seconds")} if counted else {},
+        "curve": [[point["step"], point[space.metric]] for point in history] if counted else [],
     }
 
 
 def ranked(rows: list[Row], space: Space) -> list[Row]:
-    """Rows best first: finished trials before those that were stopped early; trials that differ in seed alone are ranked by
-    their mean, which is kept as `mean`."""
+    """Rows best first: finished trials before those that were stopped early, those without a result last; trials that differ in seed
+    alone are ranked by their mean, which is kept as `mean`."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         same = {key: value for key, value in row["settings"].items() if key != "run.seed"}
@@ -345,4 +411,4 @@ def ranked(rows: list[Row], space: Space) -> list[Row]:
         whole = all(row["outcome"] == "finished" for row in group)
         for row in group:
             row["mean"], row["whole"] = mean, whole
-    return sorted(rows, key=lambda row: (not row["whole"], row["mean"] is None, -sign(space) * (row["mean"] or 0.0), row["trial"]))
+    return sorted(rows, key=lambda row: (row["mean"] is None, not row["whole"], -sign(space) * (row["mean"] or 0.0), row["trial"]))
