@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import started, wait_for
 
-from xdist import files, findings, pipeline, recipes, spaces, track, tune
+from xdist import files, findings, pipeline, recipes, spaces, track, trials, tune
 from xdist.config import Recipe
 from xdist.errors import Refused
 from xdist.spaces import Space
@@ -150,7 +150,7 @@ def test_another_space_under_the_same_name_is_refused(searched: tuple[Recipe, Re
 
 def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:
     def row(number: int, lr: float, seed: int, value: float | None, outcome: str = "finished") -> dict[str, Any]:
-        return {"trial": tune.name_of(number), "settings": {"train.lr": lr, "run.seed": seed}, "value": value, "outcome": outcome}
+        return {"trial": trials.name_of(number), "settings": {"train.lr": lr, "run.seed": seed}, "value": value, "outcome": outcome}
 
     rows = [
         row(0, 1, 0, 0.9),
@@ -161,10 +161,10 @@ def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:
         row(5, 4, 0, None, "failed"),
     ]
     space = Space(name="s", search={"train.lr": {"grid": [1, 2, 3, 4]}})  # type: ignore[dict-item]
-    found = tune.ranked(rows, space)
+    found = trials.ranked(rows, space)
     assert [int(entry["trial"]) for entry in found] == [2, 3, 0, 1, 4, 5]
     assert [entry["mean"] for entry in found] == [0.6, 0.6, 0.5, 0.5, 0.99, None]
-    smallest = tune.ranked(rows, space.model_copy(update={"mode": "min"}))
+    smallest = trials.ranked(rows, space.model_copy(update={"mode": "min"}))
     assert [int(entry["trial"]) for entry in smallest] == [0, 1, 2, 3, 4, 5]
 
 
@@ -233,7 +233,7 @@ def test_optuna_is_asked_again_for_what_it_gave(make_recipe: MakeRecipe, tmp_pat
     space = Space(name="s", searcher="tpe", samples=6, search={"train.lr": {"loguniform": [1e-5, 1]}, "train.clip": {"choice": [1, 2]}})  # type: ignore[dict-item]
     asked = tune._tpe(space, 0, [])
     first = [asked.suggest(f"t{number}")["trial"] for number in range(3)]
-    records = [{"trial": tune.name_of(found["number"]), "asked": found["asked"]} for found in (first[0], first[2])]  # 1 never began
+    records = [{"trial": trials.name_of(found["number"]), "asked": found["asked"]} for found in (first[0], first[2])]  # 1 never began
     again = tune._tpe(space, 0, records)
     found = [again.suggest(f"u{number}")["trial"] for number in range(3)]
     assert [(entry["number"], entry["settings"]) for entry in found[:2]] == [(0, first[0]["settings"]), (2, first[2]["settings"])]

@@ -10,7 +10,7 @@ import io
 from xdist import files, spaces
 from xdist.config import Recipe
 from xdist.spaces import Space
-from xdist.tune import Row, shown
+from xdist.trials import Row, shown
 
 MOST_LINES = 20  # of the table on the terminal
 LENGTH = ("train.steps", "train.epochs", "train.evaluate_every", "train.checkpoint_every", "train.log_every")

@@ -250,7 +250,7 @@ def _projection(recipe: Recipe, found: dict[str, Any]) -> Figure | None:
 def _keys(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
     """The metric against each searched key: full circles for trials that ran to the end, empty ones for those stopped early."""
     from xdist.findings import keys, numbers
-    from xdist.tune import shown
+    from xdist.trials import shown
 
     rows, names = [row for row in rows if row["value"] is not None], keys(rows)
     if not rows or not names:
@@ -276,7 +276,7 @@ def _keys(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
 
 def _trials(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
     """The metric of each trial over its steps, the best trials in colour."""
-    from xdist.tune import label
+    from xdist.trials import label
 
     if not any(row["curve"] for row in rows):
         return None

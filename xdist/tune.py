@@ -14,24 +14,17 @@ schedulers knew: every start is a new Tune run in which each trial first tells t
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import xxhash
-
-from xdist import cluster, files, recipes, selection, shards, spaces, track, train
+from xdist import cluster, files, selection, shards, spaces, track, train, trials
 from xdist.config import Recipe
-from xdist.errors import Collapsed, Refused
+from xdist.errors import Refused
 from xdist.progress import say
 from xdist.spaces import Space, Trial
-
-Row = dict[str, Any]
+from xdist.trials import Row, label, name_of, row, sign
 
 
 def search_recipe(recipe: Recipe, space: Space) -> Recipe:
@@ -40,19 +33,10 @@ def search_recipe(recipe: Recipe, space: Space) -> Recipe:
     return fixed.model_copy(update={"run": recipe.run.model_copy(update={"name": f"{recipe.run.name}-{space.name}"})})
 
 
-def trial_recipe(search: Recipe, trial: Trial) -> Recipe:
-    """A trial's recipe. Its folder is that of its training shards; it saves a checkpoint whenever it is compared."""
-    found = spaces.applied(search, trial)
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(spaces.preparation(trial), sort_keys=True, default=str).encode())
-    run = found.run.model_copy(update={"name": f"{search.run.name}/prepared/{digest}"})
-    train_ = found.train.model_copy(update={"checkpoint_every": found.train.evaluate_every})
-    return found.model_copy(update={"run": run, "train": train_, "track": found.track.model_copy(update={"uri": track.uri_of(search)})})
-
-
 def prepared_recipes(search: Recipe, space: Space) -> list[Recipe]:
     """One recipe for each set of training shards that trials need, its folder being theirs."""
     found = spaces.preparations(space) if space.searcher == "tpe" else [spaces.preparation(trial) for trial in drawn(search, space)]
-    return list({recipe.folder: recipe for recipe in (trial_recipe(search, trial) for trial in found)}.values())
+    return list({recipe.folder: recipe for recipe in (trials.trial_recipe(search, trial) for trial in found)}.values())
 
 
 def drawn(search: Recipe, space: Space) -> list[Trial]:
@@ -69,26 +53,31 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables, which verbose=0 leaves on
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune takes Ctrl-C for the end of the search; here it is the usual exception
-    records = _records(search)
+    records = trials.records(search)
     ended = {int(record["trial"]) for record in records if record["outcome"] not in (None, "failed")}
-    trials = [] if space.searcher == "tpe" else drawn(search, space)
-    count = len(trials) or space.samples
+    wanted = [] if space.searcher == "tpe" else drawn(search, space)
+    count = len(wanted) or space.samples
     concurrent, cpus, gpus = share(search, space, count)
     say(f"search    {count} trials, {concurrent} at once with {cpus} CPU, {gpus:g} GPU each; metric {space.metric}")
     settings, threads, worst = search.model_dump(mode="json"), 0 if gpus else cpus, train.WORST * sign(space)
 
     def trial(config: dict[str, Any]) -> None:
-        _trial(config, settings, parent, threads, worst)
+        import torch
+        from ray import tune
 
-    ended_first = sorted(range(len(trials)), key=lambda number: number not in ended)  # so that schedulers know what was before
+        if threads:
+            torch.set_num_threads(threads)
+        trials.run(config, Recipe(**settings), parent, worst, tune.report)
+
+    ended_first = sorted(range(len(wanted)), key=lambda number: number not in ended)  # so that schedulers know what was before
     files.remove(f"{search.folder}/tune")
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": cpus, "GPU": gpus}),
-        param_space={"trial": tune.grid_search([{"number": n, "settings": trials[n]} for n in ended_first])} if trials else None,
+        param_space={"trial": tune.grid_search([{"number": n, "settings": wanted[n]} for n in ended_first])} if wanted else None,
         tune_config=tune.TuneConfig(
-            search_alg=None if trials else _tpe(space, search.run.seed, records),
+            search_alg=None if wanted else _tpe(space, search.run.seed, records),
             scheduler=_scheduler(search, space),
-            num_samples=1 if trials else count,
+            num_samples=1 if wanted else count,
             max_concurrent_trials=concurrent,
             time_budget_s=60 * space.minutes if space.minutes else None,
             reuse_actors=True,  # a trial's process has its libraries loaded for the next one
@@ -102,22 +91,16 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
         ),
     )
     tuner.fit()
-    rows = ranked([_row(record, space) for record in _records(search)], space)
+    rows = trials.ranked([row(record, space) for record in trials.records(search)], space)
     _end_children(search, rows)
     files.write_json(f"{search.folder}/trials.json", rows)
     if not rows or rows[0]["mean"] is None:
         raise Refused(f"no trial came to a result; the first says: {rows[0]['error'] if rows else 'nothing'}")
-    for row in rows:
-        if row["outcome"]:
-            files.remove(f"{search.folder}/checkpoints/{row['trial']}")
+    for found in rows:
+        if found["outcome"]:
+            files.remove(f"{search.folder}/checkpoints/{found['trial']}")
     files.remove(f"{search.folder}/tune")
     return rows
-
-
-def _records(search: Recipe) -> list[dict[str, Any]]:
-    """The records of all trials that have begun."""
-    folder = f"{search.folder}/trials"
-    return [files.read_json(f"{folder}/{name}") for name in files.names(folder, ".json")]
 
 
 def check(search: Recipe, space: Space) -> None:
@@ -159,7 +142,7 @@ def _scheduler(search: Recipe, space: Space) -> Any:
     if space.scheduler == "none":
         return None
     grace = space.grace_steps or search.train.evaluate_every
-    most = max(shards.order(trial_recipe(search, trial)).total_steps() for trial in drawn(search, space))
+    most = max(shards.order(trials.trial_recipe(search, trial)).total_steps() for trial in drawn(search, space))
     if grace >= most:
         raise Refused(
             f"space {space.name}: trials take {most} steps and are first compared at {grace}, so none can be stopped early; set "
@@ -226,105 +209,6 @@ def _asked(asked: Any, key: str, knob: spaces.Knob) -> Any:
     return asked.suggest_float(key, low, high, log=knob.loguniform is not None)
 
 
-# --- in a trial's process ---
-
-
-def _trial(config: dict[str, Any], settings: dict[str, Any], parent: str, threads: int, worst: float) -> None:
-    """Train with one set of settings, telling Tune the measures at each evaluation, those of an earlier start first; a student that
-    collapses has the worst ones."""
-    import torch
-    from ray import tune
-
-    if threads:
-        torch.set_num_threads(threads)
-    search, trial, name = Recipe(**settings), config["trial"]["settings"], name_of(config["trial"]["number"])
-    uri = f"{search.folder}/trials/{name}.json"
-    record = {"trial": name, **config["trial"], "history": [], "outcome": None, "error": ""}
-    if files.exists(uri):
-        record = files.read_json(uri)
-    if record["outcome"] == "failed":
-        record |= {"outcome": None, "error": ""}
-    for point in record["history"]:
-        tune.report(point | {"again": True})
-    if record["outcome"]:
-        return
-    recipe = trial_recipe(search, trial)
-    tracking, marker = track.uri_of(search), f"{search.folder}/children/{name}.json"
-    metrics = track.Metrics(tracking, track.child(tracking, parent, label(name, trial), logged(recipe, trial), marker))
-    total, started = shards.order(recipe).total_steps(), time.monotonic()
-    before = record["history"][-1] if record["history"] else {"step": 0, "seconds": 0.0}
-
-    def report(score: float, accuracy: dict[str, float], step: int, save: Callable[[str], None]) -> None:
-        metrics.send()  # a trial that is stopped early ends here
-        seconds = before["seconds"] + time.monotonic() - started
-        found = {"selection": score, "accuracy": _mean(accuracy), **accuracy, "step": step, "of": total, "seconds": seconds}
-        record["history"].append(found)
-        record["outcome"] = "finished" if step == total else None
-        _keep(f"{search.folder}/checkpoints/{name}", uri, record, save)
-        tune.report(found)
-
-    try:
-        resumed = _folder(f"{search.folder}/checkpoints/{name}/{before['step']}") if before["step"] else None
-        train.fit(recipe, report, train.Meter(None, metrics), resumed)
-    except Collapsed as error:
-        metrics.flush()
-        lost = dict.fromkeys(["selection", "accuracy", *selection.Judge(recipe).names], worst)
-        record["history"].append(lost | {"step": total, "of": total, "seconds": before["seconds"] + time.monotonic() - started})
-        files.write_json(uri, record | {"outcome": "collapsed", "error": str(error)})
-        tune.report(record["history"][-1])
-
-
-def _keep(checkpoints: str, uri: str, record: dict[str, Any], save: Callable[[str], None]) -> None:
-    """Keep a checkpoint, of a trial that has not ended, and the record that names it; then drop the checkpoint before."""
-    steps = [point["step"] for point in record["history"]]
-    if not record["outcome"]:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = os.path.join(scratch, "checkpoint")
-            os.mkdir(folder)
-            save(folder)
-            files.upload(folder, f"{checkpoints}/{steps[-1]}")
-    files.write_json(uri, record)
-    if len(steps) > 1:
-        files.remove(f"{checkpoints}/{steps[-2]}")
-
-
-@contextlib.contextmanager
-def _folder(uri: str) -> Iterator[str]:
-    """A folder of the storage as a local one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        yield files.download(uri, scratch)
-
-
-def _mean(accuracy: dict[str, float]) -> float:
-    return sum(accuracy.values()) / len(accuracy) if accuracy else math.nan
-
-
-def name_of(number: int) -> str:
-    """A trial's name in its search."""
-    return f"{number:03d}"
-
-
-def label(name: str, trial: Trial) -> str:
-    """A trial's name and what was searched, in short."""
-    return " ".join([name, *(f"{key.split('.')[-1]}={shown(value)}" for key, value in trial.items())])
-
-
-def shown(value: Any) -> str:
-    """A value of a trial in short."""
-    if isinstance(value, dict):
-        return "+".join(f"{key}:{shown(inside)}" for key, inside in value.items())
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def logged(recipe: Recipe, trial: Trial) -> dict[str, Any]:
-    """What MLflow is told of a trial: the searched keys, with the value that the recipe understood."""
-    flat = dict(recipes.flatten(recipe.model_dump(mode="json")))
-    return {key: flat.get(key, value) for key, value in trial.items()} | {"run.seed": recipe.run.seed}
-
-
-# --- in the driver ---
-
-
 def _follower(search: Recipe, space: Space, count: int) -> Any:
     from ray.tune import Callback
 
@@ -352,7 +236,7 @@ def _follower(search: Recipe, space: Space, count: int) -> Any:
             record = files.read_json(uri) if files.exists(uri) else {"trial": name, **trial.config["trial"], "history": [], "outcome": None}
             if record["outcome"] and "again" in result:
                 return  # it had ended before this start
-            if record["outcome"] is None:
+            if record["outcome"] in (None, "failed"):
                 record |= {"outcome": outcome, "error": error}
                 files.write_json(uri, record)
             ended = [other for other in trials if other is trial or other.status in ("TERMINATED", "ERROR")]
@@ -360,55 +244,15 @@ def _follower(search: Recipe, space: Space, count: int) -> Any:
             best = "   best so far" if math.isfinite(max(values)) and values[ended.index(trial)] == max(values) else ""
             say(f"{self._line(trial, result)}   {record['outcome']}, {len(ended)} of {count}{best}")
             with contextlib.suppress(Exception):  # where MLflow is away for a while; when all trials have ended, they all are ended
-                _end_children(search, [_row(record, space)])
+                _end_children(search, [row(record, space)])
 
     return Follower()
 
 
 def _end_children(search: Recipe, rows: list[Row]) -> None:
     """End the MLflow runs of these trials: FINISHED, FAILED, or KILLED where they are unfinished."""
-    for row in rows:
-        marker = f"{search.folder}/children/{row['trial']}.json"
+    for found in rows:
+        marker = f"{search.folder}/children/{found['trial']}.json"
         if files.exists(marker):
-            status = {"failed": "FAILED", "unfinished": "KILLED"}.get(row["outcome"] or "unfinished", "FINISHED")
-            track.ended(track.uri_of(search), files.read_json(marker)["run_id"], status, [("trial/steps", 0, float(row["steps"]))])
-
-
-def sign(space: Space) -> int:
-    """1 where a larger metric is better, else -1."""
-    return 1 if space.mode == "max" else -1
-
-
-def _row(record: dict[str, Any], space: Space) -> Row:
-    """What one trial came to; `value` is None where it never was compared or has failed, `curve` its (step, value) points."""
-    history = record["history"]
-    last = history[-1] if history else {}
-    counted = record["outcome"] not in ("failed", "collapsed")
-    return {
-        "trial": record["trial"],
-        "settings": record["settings"],
-        "value": last.get(space.metric) if counted else None,
-        "steps": last.get("step", 0),
-        "of": last.get("of", 0),
-        "outcome": record["outcome"],
-        "error": record.get("error", ""),
-        "seconds": last.get("seconds", 0.0),
-        "measures": {name: value for name, value in last.items() if name not in ("step", "of", "seconds")} if counted else {},
-        "curve": [[point["step"], point[space.metric]] for point in history] if counted else [],
-    }
-
-
-def ranked(rows: list[Row], space: Space) -> list[Row]:
-    """Rows best first: finished trials before those that were stopped early, those without a result last; trials that differ in seed
-    alone are ranked by their mean, which is kept as `mean`."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        same = {key: value for key, value in row["settings"].items() if key != "run.seed"}
-        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(row)
-    for group in groups.values():
-        values = [row["value"] for row in group]
-        mean = None if None in values else sum(values) / len(values)
-        whole = all(row["outcome"] == "finished" for row in group)
-        for row in group:
-            row["mean"], row["whole"] = mean, whole
-    return sorted(rows, key=lambda row: (row["mean"] is None, not row["whole"], -sign(space) * (row["mean"] or 0.0), row["trial"]))
+            status = {"failed": "FAILED", "unfinished": "KILLED"}.get(found["outcome"] or "unfinished", "FINISHED")
+            track.ended(track.uri_of(search), files.read_json(marker)["run_id"], status, [("trial/steps", 0, float(found["steps"]))])
