@@ -3,9 +3,9 @@
 Reads the rows that `tune.run` gives, best first; writes trials.csv, best.yaml, plots/ and report.html in the search's folder.
 """
 
-import base64
 import csv
 import io
+from typing import Any
 
 from xdist import files, spaces
 from xdist.config import Recipe
@@ -23,10 +23,8 @@ def write(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> None
     files.write(f"{search.folder}/trials.csv", as_csv(space, rows).encode())
     files.write(f"{search.folder}/best.yaml", best(recipe, search, space, rows).encode())
     pictures = plots.draw_search(space, rows)
-    for name, (png, svg) in pictures.items():
-        files.write(f"{search.folder}/plots/{name}.png", png)
-        files.write(f"{search.folder}/plots/{name}.svg", svg)
-    files.write(f"{search.folder}/report.html", html(search, space, rows, {name: png for name, (png, _) in pictures.items()}).encode())
+    plots.write(search.folder, pictures)
+    files.write(f"{search.folder}/report.html", html(search, space, rows, pictures).encode())
 
 
 def best(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> str:
@@ -93,17 +91,13 @@ def as_csv(space: Space, rows: list[Row]) -> str:
     return out.getvalue()
 
 
-def html(search: Recipe, space: Space, rows: list[Row], pictures: dict[str, bytes]) -> str:
+def html(search: Recipe, space: Space, rows: list[Row], pictures: dict[str, Any]) -> str:
     """The search as one page: text is escaped, pictures are inside."""
-    from jinja2 import Environment, PackageLoader
+    from xdist import plots
 
-    environment = Environment(loader=PackageLoader("xdist", "."), autoescape=True)
     names = keys(rows)
     cells = [_cells(row, names, space) for row in rows]
-    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
-    return environment.get_template("search.html.jinja").render(
-        search=search, space=space, rows=rows, names=names, cells=cells, images=images, steps=steps(rows)
-    )
+    return plots.page("search.html.jinja", pictures, search=search, space=space, rows=rows, names=names, cells=cells, steps=steps(rows))
 
 
 def next_steps(search: Recipe, tracking: str) -> dict[str, str]:

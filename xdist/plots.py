@@ -1,5 +1,6 @@
 """The report's pictures, with matplotlib: each as PNG and SVG bytes."""
 
+import base64
 import io
 import math
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from xdist import files
 from xdist.config import Recipe
 from xdist.evaluate import MODELS
 from xdist.spaces import Space
@@ -36,6 +38,22 @@ def draw(recipe: Recipe, found: dict[str, Any]) -> dict[str, Picture]:
         "lengths": _lengths, "projection": _projection,
     }  # fmt: skip
     return _drawn(drawers, recipe, found)
+
+
+def write(folder: str, pictures: dict[str, Picture]) -> None:
+    """Keep pictures in <folder>/plots."""
+    for name, (png, svg) in pictures.items():
+        files.write(f"{folder}/plots/{name}.png", png)
+        files.write(f"{folder}/plots/{name}.svg", svg)
+
+
+def page(template: str, pictures: dict[str, Picture], **values: Any) -> str:
+    """A template of this package as one self-contained page: text is escaped, pictures are inside."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("xdist", "."), autoescape=True)
+    images = {name: base64.b64encode(png).decode() for name, (png, _) in pictures.items()}
+    return environment.get_template(template).render(images=images, **values)
 
 
 def draw_search(space: Space, rows: list[dict[str, Any]]) -> dict[str, Picture]:

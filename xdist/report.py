@@ -4,7 +4,6 @@ Reads the run's folder and its MLflow curves; writes report.json, report.html (s
 in the student's folder.
 """
 
-import base64
 import collections
 import os
 import tempfile
@@ -58,10 +57,8 @@ def write(recipe: Recipe, run_id: str) -> None:
     found = gather(recipe, run_id)
     files.write_json(f"{recipe.folder}/report.json", found)
     pictures = plots.draw(recipe, found)
-    for name, (png, svg) in pictures.items():
-        files.write(f"{recipe.folder}/plots/{name}.png", png)
-        files.write(f"{recipe.folder}/plots/{name}.svg", svg)
-    files.write(f"{recipe.folder}/report.html", html(recipe, found, {name: png for name, (png, _) in pictures.items()}).encode())
+    plots.write(recipe.folder, pictures)
+    files.write(f"{recipe.folder}/report.html", html(recipe, found, pictures).encode())
     files.write(f"{recipe.folder}/student/README.md", model_card(recipe, found).encode())
 
 
@@ -118,17 +115,13 @@ def _projection(recipe: Recipe, student: Any, sentences: int = 8) -> list[Row]:
     return [row | {"x": float(x), "y": float(y)} for row, (x, y) in zip(rows, centred @ axes.T, strict=True)]
 
 
-def html(recipe: Recipe, found: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def html(recipe: Recipe, found: dict[str, Any], pictures: dict[str, Any]) -> str:
     """The report as one page: text is escaped, pictures are inside."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("xdist", "."), autoescape=True)
-    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
     cells: dict[tuple[str, str, str], dict[str, Row]] = collections.defaultdict(dict)
     for row in found["evaluation"]:
         cells[(row["task"], row["metric"], row["language"])][row["model"]] = row
-    return environment.get_template("report.html.jinja").render(
-        recipe=recipe, found=found, images=images, cells=cells, names=COLUMNS, source=recipe.data.source_language
+    return plots.page(
+        "report.html.jinja", pictures, recipe=recipe, found=found, cells=cells, names=COLUMNS, source=recipe.data.source_language
     )
 
 

@@ -1,6 +1,5 @@
 """What a low-resource study found: as text, CSV, pictures and a page. Reads the fits of `study.run` and its summary."""
 
-import base64
 import csv
 import io
 import math
@@ -25,10 +24,8 @@ def write(recipe: Recipe, study: Study, folder: str, rows: list[Row]) -> dict[st
     files.write(f"{folder}/results.csv", as_csv(rows).encode())
     files.write_json(f"{folder}/summary.json", _finite(found))
     pictures = {name: picture for measure in found for name, picture in plots.draw_study(recipe, measure, found[measure]).items()}
-    for name, (png, svg) in pictures.items():
-        files.write(f"{folder}/plots/{name}.png", png)
-        files.write(f"{folder}/plots/{name}.svg", svg)
-    page = html(recipe, study, found, {name: png for name, (png, _) in pictures.items()})
+    plots.write(folder, pictures)
+    page = html(recipe, study, found, pictures)
     files.write(f"{folder}/report.html", page.encode())
     return found
 
@@ -108,14 +105,12 @@ def points(found: dict[str, list[Row]], unit: Row) -> list[tuple[str, int, float
     return out
 
 
-def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: dict[str, bytes]) -> str:
+def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: dict[str, Any]) -> str:
     """The study as one page: text is escaped, pictures are inside."""
-    from jinja2 import Environment, PackageLoader
+    from xdist import plots
 
-    environment = Environment(loader=PackageLoader("xdist", "."), autoescape=True)
-    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
-    return environment.get_template("study.html.jinja").render(
-        recipe=recipe, study=study, found=found, images=images, methods=LABELS, sizes=sizes, saved=saved, labels=labels,
+    return plots.page("study.html.jinja", pictures, 
+        recipe=recipe, study=study, found=found, methods=LABELS, sizes=sizes, saved=saved, labels=labels,
         goals={name: text.format(source=recipe.data.source_language) for name, text in GOALS.items()},
     )  # fmt: skip
 
