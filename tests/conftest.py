@@ -16,8 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import pytest
+import yaml
 
 from xdist.config import Cluster, Recipe
+
+MakeRecipe = Callable[..., Recipe]
 
 WORDS = {
     lang: words.split()
@@ -141,12 +144,13 @@ def _heed_ctrl_c() -> None:
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own; whatever is left of it is ended by that session's id."""
+def started(command: list[str], log: Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own, with more environment; whatever is left of it is ended by that session's id."""
     with open(log, "wb") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True, preexec_fn=_heed_ctrl_c
-        )
+            command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True, preexec_fn=_heed_ctrl_c,
+            env=os.environ | (env or {}),
+        )  # fmt: skip
         try:
             yield process
         finally:
@@ -162,3 +166,37 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
         assert process.poll() is None, "the command ended before the moment to kill it came"
         assert time.monotonic() < deadline, "the moment to kill it never came"
         time.sleep(0.01)
+
+
+# --- what runs leave behind ---
+
+
+def as_file(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a YAML file."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+def all_hashes(store: Path) -> list[int]:
+    """Hashes of all sentences that a store holds."""
+    import pyarrow as pa
+
+    found: list[int] = []
+    for path in store.glob("*/*.arrow"):
+        found += pa.ipc.open_file(path).read_all()["hash"].to_pylist()
+    return found
+
+
+def weights(run: Path) -> dict[str, Any]:
+    """The student's weights."""
+    from safetensors.numpy import load_file
+
+    return dict(load_file(run / "student" / "model.safetensors"))
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    """Two runs' students are the same, to the bit."""
+    found = weights(one), weights(other)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert (value == found[1][name]).all(), name

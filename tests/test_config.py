@@ -82,6 +82,11 @@ RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
         ),
         ("evaluate: {tasks: [{name: t, kind: classification, train: x, test: x, shots: [0]}]}", r"shots\.0: .*greater than or equal to 1"),
         ("train: {matryoshka: [-1]}", r"train\.matryoshka\.0: .*greater than or equal to 1"),
+        ("cluster: {workers: 0}", r"cluster\.workers: \[0, 0\] are not the least and the most of at least one worker"),
+        ("cluster: {workers: [3, 2]}", r"cluster\.workers: \[3, 2\] are not the least and the most"),
+        ("cluster: {workers: [1, 2, 3]}", r"cluster\.workers: expected a number of workers, or \[least, most\]"),
+        ("cluster: {workers: many}", r"cluster\.workers: expected a number of workers, or \[least, most\]"),
+        ("cluster: {workers: [1, 2]}", r"micro_batches 1 is not a multiple of cluster\.workers 2.*set train\.micro_batches: 2"),
         ("cluster: {workers: 2}", r"micro_batches 1 is not a multiple of cluster\.workers 2.*set train\.micro_batches: 2"),
         ("student: {base: other, vocabulary: train}", r"needs student\.base: teacher"),
         ("[1, 2]", "expected keys with values, as in recipes/, found list"),
@@ -305,3 +310,26 @@ def test_a_run_of_a_version_that_lacked_a_key_is_the_same_recipe() -> None:
     assert recipes.differing(old, Recipe(train={"clip": 2}).model_dump(mode="json")) == ["train.clip: 1.0 → 2.0"]  # type: ignore[arg-type]
     gone = old | {"magic": {"on": True}}
     assert recipes.differing(gone, new) != []
+
+
+@pytest.mark.parametrize(("given", "workers", "kept"), [("4", (4, 4), 4), ("[1,4]", (1, 4), [1, 4]), ("1,4", (1, 4), [1, 4])])
+def test_workers_are_a_number_or_least_and_most(tmp_path: Path, given: str, workers: tuple[int, int], kept: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train: {micro_batches: 4}\n")
+    recipe, _ = recipes.parse([str(path), "--cluster.workers", given], "")
+    assert recipe.cluster.workers == workers
+    assert recipe.model_dump(mode="json")["cluster"]["workers"] == kept
+    assert Recipe(**recipe.model_dump()) == recipe
+
+
+def test_the_tracking_server_of_the_environment_counts_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {name: r}\n")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert recipes.load(path).track.uri is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert recipes.load(path).track.uri == "http://mlflow:5000"
+    assert recipes.load(path, {"track": {"uri": "http://other:5000"}}).track.uri == "http://other:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    with pytest.raises(Refused, match=r"track\.uri holds a password"):
+        recipes.load(path)

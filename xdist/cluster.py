@@ -8,27 +8,32 @@ travel through it.
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from xdist.config import Cluster
 from xdist.errors import Refused
-from xdist.progress import Progress
+from xdist.progress import Progress, say
 
 Item = dict[str, Any]
 
 WORKERS = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # numbers that it does not take are kept, so there is no need to wait for minutes
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # kernels compiled for one shape of batch are still there when it comes again
     # Activations on huge pages that stay with the process: otherwise a step has the kernel clear its memory anew.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
     "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=17179869184",
 }
+
+HELD_SECONDS = 20.0  # for which a job waits for a folder that another one holds: of a killed job, Ray ends the actors that soon
 
 
 @contextlib.contextmanager
@@ -36,6 +41,8 @@ def connected(settings: Cluster) -> Iterator[None]:
     """Ray for the length of the context: the cluster at `address`, the job's own, or a local one that ends with us."""
     if not settings.verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read once, when ray is imported
+    # How soon Ray Train sees that a worker died or uploaded a checkpoint: every two seconds by its default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
     import ray.data
 
@@ -49,7 +56,7 @@ def connected(settings: Cluster) -> Iterator[None]:
         with contextlib.nullcontext() if settings.verbose else _stderr_closed():
             try:
                 ray.init(
-                    address=address,
+                    address=address or "local",  # not any Ray that happens to run here
                     log_to_driver=settings.verbose,
                     logging_level=logging.INFO if settings.verbose else logging.ERROR,
                     runtime_env={"env_vars": _environment()},
@@ -108,14 +115,90 @@ def resources(settings: Cluster) -> tuple[int, float]:
     cpus = settings.cpus_per_worker
     if cpus is None:
         largest = int(max(machine.get("CPU", 1) for machine in machines))
-        cpus = 1 if gpus else max(1, largest // -(-settings.workers // len(machines)))
+        cpus = 1 if gpus else max(1, largest // -(-settings.workers[1] // len(machines)))
     for name, each in (("CPU", cpus), ("GPU", gpus)):
-        if not _address(settings) and settings.workers * each > total.get(name, 0):
+        if not _address(settings) and settings.workers[0] * each > total.get(name, 0):
             raise Refused(
-                f"cluster.workers: {settings.workers} workers with {each:g} {name} each need more than the {total.get(name, 0):g} of "
+                f"cluster.workers: {settings.workers[0]} workers with {each:g} {name} each need more than the {total.get(name, 0):g} of "
                 f"this machine; lower cluster.workers or cluster.{name.lower()}s_per_worker"
             )
     return cpus, gpus
+
+
+@contextlib.contextmanager
+def held(name: str) -> Iterator[None]:
+    """Keep a name to this job for the length of the context, among all jobs of the Ray that it runs on. Raises Refused where another
+    job holds it; what a killed job held is free within seconds."""
+    import ray
+
+    deadline = time.monotonic() + HELD_SECONDS
+    while True:
+        try:
+            holder: Any = ray.remote(Board).options(name=name, namespace="xdist", num_cpus=0).remote()
+            break
+        except ValueError:  # the name is taken
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"{name} is held by another job on this Ray that works in this folder; wait for it, or end it (ray job stop)"
+                ) from None
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        ray.kill(holder)
+
+
+def await_room(settings: Cluster, count: int, cpus: float, gpus: float, purpose: str) -> None:
+    """On a cluster, have the machines for `count` processes started and wait for them, saying so. Raises Refused when
+    cluster.wait_minutes have passed."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if not _address(settings):
+        return
+    each = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    asked = f"{count} × " + ", ".join(f"{value:g} {name}" for name, value in each.items())
+    group = placement_group([each] * count)
+    started, said = time.monotonic(), -math.inf
+    try:
+        while not group.wait(2):
+            now, total = time.monotonic(), ray.cluster_resources()
+            there = ", ".join(f"{total.get(name, 0):g} {name}" for name in each)
+            if now - started > 60 * settings.wait_minutes:
+                raise Refused(
+                    f"cluster.wait_minutes: {settings.wait_minutes:g} minutes did not bring what {purpose} asks for, {asked}; the cluster "
+                    f"has {there}, part of it perhaps in use. Ask for less (cluster.workers, cluster.gpus_per_worker) or add machines"
+                )
+            if now - said > 60 and now - started > 4:
+                say(f"{purpose:<9} waits for machines: it asks for {asked}; the cluster has {there}")
+                said = now
+    finally:
+        remove_placement_group(group)
+
+
+def on_each_node(work: Callable[..., Item], **arguments: Any) -> list[tuple[str, Item]]:
+    """Run `work(**arguments)` in a process of each machine: (the machine's address and name, the result), the driver's machine first.
+    Raises Refused where one cannot start a process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task, here = ray.remote(num_cpus=0, max_retries=1)(work), ray.get_runtime_context().get_node_id()
+    asked, found = [], []
+    for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+        asked.append((name, task.options(scheduling_strategy=there).remote(**arguments)))
+    for name, reference in asked:
+        try:
+            found.append((name, ray.get(reference, timeout=300)))
+        except ray.exceptions.RayError as error:
+            raise Refused(f"preflight: {name} cannot run xdist: {str(error).strip().splitlines()[-1]}") from None
+    return found
+
+
+def on_cluster(settings: Cluster) -> bool:
+    """Whether the work runs on a Ray that was joined, not on one of our own."""
+    return _address(settings) is not None
 
 
 def at_once(settings: Cluster) -> tuple[int, int]:
@@ -123,7 +206,7 @@ def at_once(settings: Cluster) -> tuple[int, int]:
     import ray
 
     parts = int(ray.cluster_resources().get("GPU", 0)) or sum(node["Alive"] for node in ray.nodes())
-    return min(teacher_actors(settings), parts), min(settings.workers, parts)
+    return min(teacher_actors(settings), parts), min(settings.workers[1], parts)
 
 
 def cores() -> int:
@@ -143,7 +226,7 @@ def teacher_actors(settings: Cluster) -> int:
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    return settings.teacher_actors or gpus or settings.workers
+    return settings.teacher_actors or gpus or settings.workers[1]
 
 
 class Board:
@@ -171,8 +254,10 @@ class Board:
 def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
     """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board: Any = ray.remote(Board).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # it is to live as long as the driver
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     ended = threading.Event()
 
     def follow() -> None:
@@ -235,7 +320,9 @@ def _task(batch: dict[str, Any], work: Callable[..., Item], board: Any, argument
 def _answer(work: Callable[..., Item], item: str, board: "RemoteBoard", **arguments: Any) -> str:
     """The result as JSON. A Refused travels as a result too: of an error's cause, Ray Data keeps only the text."""
     try:
-        return json.dumps(work(json.loads(item), board, **arguments))
+        result = work(json.loads(item), board, **arguments)
+        board.arrived()
+        return json.dumps(result)
     except Refused as error:
         return json.dumps({"refused": str(error)})
 
@@ -257,11 +344,18 @@ class RemoteBoard:
     """The work's side of a Board: calls that return at once."""
 
     def __init__(self, handle: Any):
-        self.handle = handle
+        self.handle, self.last = handle, None
 
     def count(self, key: str, value: int, share: float = 0.0) -> None:
         """Set how much this unit of work has done so far, and what share of the whole stage that is."""
-        self.handle.count.remote(key, value, share)
+        self.last = self.handle.count.remote(key, value, share)
+
+    def arrived(self) -> None:
+        """Wait until the last count is there, so that it is when the work's result is."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.last, timeout=10) if self.last else None
 
     def post(self, line: dict[str, Any]) -> None:
         """Add a line for the driver."""

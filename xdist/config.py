@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 RESERVED = ("store", "teachers", "mlflow.db", "mlartifacts")  # what lies beside the runs
@@ -298,9 +298,27 @@ class Track(Section):
     """Where MLflow writes."""
 
     uri: str | None = None
-    """MLflow tracking URI; an SQLite file in run.storage when not given."""
+    """MLflow tracking URI; MLFLOW_TRACKING_URI, or else an SQLite file in run.storage, when not given."""
     experiment: str = "xdist"
     """MLflow experiment."""
+
+
+def _least_and_most(value: Any) -> tuple[int, int]:
+    counts = [value, value] if isinstance(value, int | str) else list(value) * (2 // max(1, len(value)))
+    try:
+        least, most = (int(count) for count in counts)
+    except (ValueError, TypeError):
+        raise ValueError("expected a number of workers, or [least, most]") from None
+    if not 1 <= least <= most:
+        raise ValueError(f"[{least}, {most}] are not the least and the most of at least one worker")
+    return least, most
+
+
+Workers = Annotated[
+    tuple[int, int],
+    BeforeValidator(_least_and_most),
+    PlainSerializer(lambda workers: workers[0] if workers[0] == workers[1] else list(workers), return_type=int | list[int]),
+]
 
 
 class Cluster(Section):
@@ -310,14 +328,16 @@ class Cluster(Section):
     """Ray address; a Ray of its own on this machine when not given (inside a Ray job: that cluster)."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs that a local Ray may use; all when not given."""
-    workers: int = Field(default=1, ge=1)
-    """Training workers."""
+    workers: Workers = (1, 1)
+    """Training workers; [least, most] for as many as there are machines, fewer and more while training goes on."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs of a training worker or teacher actor; without GPUs, the machine's CPUs divided by the workers when not given."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of a training worker or teacher actor; 1 where the cluster has any when not given."""
     teacher_actors: int | None = Field(default=None, ge=1)
     """Teacher actors; one per GPU, or as many as workers, when not given."""
+    wait_minutes: float = Field(default=30, ge=0)
+    """How long a cluster may take to start the machines that a stage asks for, before the job gives up."""
     verbose: bool = False
     """Show Ray's own log lines and progress bars."""
 
@@ -377,10 +397,11 @@ class Recipe(BaseSettings):
             raise ValueError(f"data.languages: {self.data.source_language!r} is the source language; leave it out")
         if self.data.min_chars > self.data.max_chars:
             raise ValueError(f"data.min_chars {self.data.min_chars} is above data.max_chars {self.data.max_chars}")
-        if self.train.micro_batches % self.cluster.workers:
+        most = self.cluster.workers[1]
+        if self.train.micro_batches % most:
             raise ValueError(
-                f"train.micro_batches {self.train.micro_batches} is not a multiple of cluster.workers {self.cluster.workers}: "
-                f"every worker takes the same number of micro-batches of a step; set train.micro_batches: {self.cluster.workers}"
+                f"train.micro_batches {self.train.micro_batches} is not a multiple of cluster.workers {most}: "
+                f"workers share out the micro-batches of a step, and some would wait for others; set train.micro_batches: {most}"
             )
         if self.student.vocabulary in ("extend", "train") and self.student.base != "teacher":
             raise ValueError(

@@ -65,6 +65,8 @@ def prepare(recipe: Recipe) -> Prepared:
     _begin(recipe, units, shards)
     settings = recipe.data.model_dump(mode="json")
     waiting = _with_shares([unit for unit in units if not files.exists(f"{folder}/parts/{unit['key']}.json")])
+    if waiting:
+        cluster.await_room(recipe.cluster, 1, 1, 0, "prepare")
     with Progress("read", "rows") as progress:
         for _ in cluster.stream(waiting, _prepare_file, progress, folder=folder, settings=settings, shards=shards):
             pass

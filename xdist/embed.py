@@ -35,6 +35,7 @@ def embed(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint) -> Embed
     cpus, gpus = cluster.resources(recipe.cluster)
     settings = recipe.model_dump(mode="json")
     if todo:
+        cluster.await_room(recipe.cluster, 1, cpus, gpus, "embed")
         with Progress("embed", "sentences", sum(missing)) as progress:
             work = cluster.stream(
                 todo,

@@ -62,6 +62,7 @@ def encode(recipe: Recipe, texts: list[str], models: list[Row], folder: str) -> 
         return
     cpus, gpus = cluster.resources(recipe.cluster)
     arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "folder": folder, "threads": 0 if gpus else cpus}
+    cluster.await_room(recipe.cluster, 1, cpus, gpus, "encode")
     with Progress("encode", "texts", len(texts) * len(waiting)) as progress:
         for _ in cluster.stream(waiting, ModelEncoder, progress, actors=len(waiting) if gpus else 1, cpus=cpus, gpus=gpus, **arguments):
             pass

@@ -23,6 +23,8 @@ import xxhash
 
 from xdist.errors import Refused
 
+S3_ATTEMPTS = 10  # of a request, with longer and longer pauses: a minute or two
+
 _held: dict[str, IO[bytes]] = {}
 
 
@@ -31,6 +33,10 @@ def _backend(scheme: str, authority: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem, and what it calls the folder at the root of this authority ("" or with a slash behind)."""
     try:
         fs, path = pafs.FileSystem.from_uri(f"{scheme}://{authority}/x")
+        if isinstance(fs, pafs.S3FileSystem):  # which would give up after six seconds of errors
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+            patient = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+            fs = pafs.S3FileSystem(region=fs.region, endpoint_override=endpoint, retry_strategy=patient)
         return fs, path[:-1]
     except OSError as error:
         raise Refused(f"{scheme}://{authority} cannot be reached: {error}; check its name, the network and your credentials") from None
@@ -79,13 +85,18 @@ def size(uri: str) -> int:
 
 def names(folder: str, suffix: str = "") -> list[str]:
     """Sorted names of the files directly in a folder that end in `suffix`; none where the folder is missing."""
+    return [name for name in _inside(folder, pafs.FileType.File) if name.endswith(suffix) and not name.startswith(".tmp-")]
+
+
+def folders(folder: str) -> list[str]:
+    """Sorted names of the folders directly in a folder; none where it is missing."""
+    return _inside(folder, pafs.FileType.Directory)
+
+
+def _inside(folder: str, kind: pafs.FileType) -> list[str]:
     fs, path = resolve(folder)
     found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(
-        posixpath.basename(info.path)
-        for info in found
-        if info.type == pafs.FileType.File and info.path.endswith(suffix) and not posixpath.basename(info.path).startswith(".tmp-")
-    )
+    return sorted(posixpath.basename(info.path.rstrip("/")) for info in found if info.type == kind)
 
 
 def read(uri: str) -> bytes:

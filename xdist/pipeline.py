@@ -3,10 +3,11 @@
 prepare → build the student → plan → embed → tokenise → train → evaluate → report
 """
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -43,10 +44,23 @@ def settle(recipe: Recipe) -> None:
         files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
 
 
+@contextlib.contextmanager
+def _at_work(recipe: Recipe, tracked: bool = True) -> Iterator[None]:
+    """Ray for the length of the context, with the run's folder kept to this job and all machines looked at; `tracked` if the job writes
+    to MLflow."""
+    from xdist import preflight
+
+    with cluster.connected(recipe.cluster), contextlib.ExitStack() as stack:
+        if not files.is_local(recipe.run.storage):  # where it is, `settle` holds a lock
+            stack.enter_context(cluster.held(recipe.folder))
+        preflight.check(recipe, tracked)
+        yield
+
+
 def prepare(recipe: Recipe) -> Prepared:
     """Clean, group and shard the corpora."""
     settle(recipe)
-    with cluster.connected(recipe.cluster):
+    with _at_work(recipe, tracked=False):
         return _prepare(recipe)
 
 
@@ -77,7 +91,7 @@ def embed(recipe: Recipe) -> None:
     from xdist import embed as embedding
 
     settle(recipe)
-    with cluster.connected(recipe.cluster):
+    with _at_work(recipe, tracked=False):
         prepared = _prepare(recipe)
         embedded = embedding.embed(recipe, prepared, _teacher(recipe)[2])
     say(f"          {embedded.embedded:,} sentences embedded, {embedded.cached:,} were in the store")
@@ -92,7 +106,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     settle(recipe)
     tasks.check(recipe)
     encoder.located(recipe.teacher)
-    with cluster.connected(recipe.cluster):
+    with _at_work(recipe):
         prepared = _prepare(recipe)
         folder, teacher, fingerprint = _teacher(recipe)
         initial = student.build(recipe, folder, prepared)
@@ -111,11 +125,12 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
 
 
 def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, store: Any) -> None:
-    from xdist import planning
+    from xdist import planning, preflight
 
     plan = planning.make(recipe, prepared, teacher, untrained, store, cluster.at_once(recipe.cluster))
     planning.write(recipe, plan)
     planning.show(recipe, plan)
+    preflight.room(recipe, plan)
 
 
 def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerprint: Any, initial: str, run_id: str) -> None:
@@ -127,6 +142,7 @@ def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerpri
     if not files.exists(f"{recipe.folder}/student/modules.json"):
         selection.prepare(recipe, teacher)
         best = train.train(recipe, run_id, track.uri_of(recipe))
+        track.send_kept(recipe, run_id)
         train.export(recipe, best)
 
 
@@ -163,7 +179,7 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     files.hold(f"{named.folder}/lock")
     students = {name: f"{recipe.run.storage}/{name}/student/model.safetensors" for name in (recipe.run.name, *wanted.task_runs.values())}
     _settle_space(named, wanted.model_dump(mode="json") | {"students": {name: files.digest(uri) for name, uri in students.items()}})
-    with cluster.connected(recipe.cluster), track.run(named, "study") as run_id:
+    with _at_work(named), track.run(named, "study") as run_id:
         rows = study.run(recipe, wanted, named.folder)
         found = study_report.write(recipe, wanted, named.folder, rows)
         for unit in study.units(recipe, wanted):
@@ -192,7 +208,7 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     settle(search)
     _settle_space(search, wanted.model_dump(mode="json"))
     tasks.check(search)
-    with cluster.connected(recipe.cluster):
+    with _at_work(search):
         for variant in searching.prepared_recipes(search, wanted):
             _make_ready(variant)
         searching.check(search, wanted)
@@ -239,7 +255,7 @@ def evaluate(recipe: Recipe) -> None:
 
     settle(recipe)
     _need_student(recipe)
-    with cluster.connected(recipe.cluster), track.run(recipe, "evaluate") as run_id:
+    with _at_work(recipe), track.run(recipe, "evaluate") as run_id:
         rows = _evaluate(recipe, run_id, anew=True)
     say(report.table(recipe, rows))
 

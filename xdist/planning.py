@@ -40,6 +40,7 @@ class Plan:
     training_steps: int
     store_bytes: int
     shard_bytes: int
+    model_bytes: int
     teacher_sentences_per_second: float
     student_tokens_per_second: float
     arithmetic: str
@@ -59,7 +60,7 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
     per_epoch = sum(count * float(np.mean(lengths[lang])) for lang, count in seen.items() if lang in lengths)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch / recipe.train.batch_tokens))
     training_rate = _train_rate(recipe, student, [text for found in texts.values() for text in found])
-    vector = 2 * teacher.dimension
+    vector, parameters = 2 * teacher.dimension, sum(parameter.numel() for parameter in student.parameters())
     return Plan(
         rows_read=prepared.rows_read,
         pairs=prepared.pairs,
@@ -74,6 +75,7 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
         training_steps=steps,
         store_bytes=(prepared.sentences - cached) * (vector + 8),
         shard_bytes=round(prepared.sentences * vector + per_epoch * 2),
+        model_bytes=parameters * (2 * 4 + 3 * 3 * 4),  # untrained and trained; three checkpoints, each with two moments
         teacher_sentences_per_second=rate,
         student_tokens_per_second=training_rate,
         arithmetic=f"{str(student.dtype).removeprefix('torch.')} on {student.device}, {student.kernels}",
@@ -150,6 +152,11 @@ def _train_rate(recipe: Recipe, student: Encoder, texts: list[str]) -> float:
     return tokens / (time.perf_counter() - started)
 
 
+def disk_bytes(plan: Plan) -> int:
+    """What the run will write, but for the clean corpus, which is there."""
+    return plan.store_bytes + plan.shard_bytes + plan.model_bytes
+
+
 def show(recipe: Recipe, plan: Plan) -> None:
     """Print the plan."""
 
@@ -168,7 +175,7 @@ def show(recipe: Recipe, plan: Plan) -> None:
     say(f"  training tokens      {plan.training_tokens:>12,}   {rate}")
     say(f"  seen per epoch       {round(sum(plan.seen.values())):>12,}   texts: {_shares(plan.seen)}")
     say(f"  arithmetic           {plan.arithmetic}")
-    say(f"  disk                 {megabytes(plan.store_bytes + plan.shard_bytes):>12}   vectors and shards")
+    say(f"  disk                 {megabytes(disk_bytes(plan)):>12}   vectors, shards, checkpoints")
     parts = f"embed {duration(plan.embed_seconds)}, train {duration(plan.train_seconds)}"
     say(f"  time                 {duration(plan.embed_seconds + plan.train_seconds):>12}   {parts}")
 

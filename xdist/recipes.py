@@ -84,7 +84,9 @@ def _text(path: str) -> str:
 def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe file, with overrides as a nested dictionary."""
     settings = _merged(read_yaml(path, "recipe", "recipes/"), overrides or {})
-    own = {"run": {"recipe_folder": os.path.dirname(absolute(str(path)))}}
+    own: dict[str, Any] = {"run": {"recipe_folder": os.path.dirname(absolute(str(path)))}}
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):  # resolved here: workers may not have it
+        own["track"] = {"uri": server}
     recipe = check(_merged(own, settings), str(path))
     return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
 

@@ -29,9 +29,33 @@ def uri_of(recipe: Recipe) -> str:
     return f"sqlite:///{recipe.run.storage.removeprefix('file://')}/mlflow.db"
 
 
+def unreachable(uri: str) -> str:
+    """Why a tracking store does not answer within seconds; empty where it does."""
+    import mlflow
+
+    _quiet()
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"  # by its default it would be asked for minutes
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+        return ""
+    except Exception as error:  # of many libraries
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def server(uri: str) -> str | None:
+    """The tracking URI, where it is a server's."""
+    return uri if uri.startswith(("http://", "https://")) else None
+
+
 def view(uri: str) -> str:
     """How to look at a tracking store: a server's address as it is, otherwise the command that shows it."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return server(uri) or f"mlflow ui --backend-store-uri {uri}"
 
 
 def _quiet() -> None:
@@ -81,13 +105,18 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
         active = mlflow.start_run(run_id=run_id, run_name=None if run_id else recipe.run.name, log_system_metrics=True)
     except Exception as error:
         raise Refused(f"track.uri: MLflow cannot be reached at {uri}: {type(error).__name__}: {error}") from None
-    with active:
-        if not run_id:
-            mlflow.set_tags({"xdist.job": job})
-            flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
-            mlflow.log_params(flat)
-            files.write_json(marker, {"run_id": active.info.run_id})
-        yield active.info.run_id
+    try:
+        with active:
+            if not run_id:
+                mlflow.set_tags({"xdist.job": job})
+                flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
+                mlflow.log_params(flat)
+                files.write_json(marker, {"run_id": active.info.run_id})
+            yield active.info.run_id
+    except mlflow.MlflowException as error:
+        raise Refused(
+            f"track.uri: MLflow at {uri} went away, or did not take what it was given: {error}\nThe same command goes on"
+        ) from None
 
 
 def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: str) -> str:
@@ -179,15 +208,18 @@ def log_model(folder: str, example: list[str], trust_remote_code: bool = False) 
 class Metrics:
     """Curves from training's rank 0, by run id, sent by a thread of its own so that training does not wait.
 
-    What cannot be sent is kept and tried again.
+    What cannot be sent is kept, in `folder` as well, and tried again: by this object, by the next one of the same run, or by
+    `send_kept`.
     """
 
-    def __init__(self, uri: str, run_id: str):
+    def __init__(self, uri: str, run_id: str, folder: str):
         import mlflow
+        from mlflow.entities import Metric
 
         _quiet()
-        self.client, self.run_id = mlflow.MlflowClient(uri), run_id
-        self.waiting: list[Any] = []
+        self.client, self.run_id, self.kept = mlflow.MlflowClient(uri), run_id, f"{folder}/unsent.json"
+        self.waiting: list[Any] = [Metric(*point) for point in files.read_json(self.kept)] if files.exists(self.kept) else []
+        self.is_kept = bool(self.waiting)
         self.lock, self.sending, self.ended = threading.Lock(), threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
@@ -217,11 +249,29 @@ class Metrics:
                 try:
                     self.client.log_batch(self.run_id, metrics=batch)
                 except Exception as error:  # the server is away: keep the numbers, training goes on
-                    kept = "MLflow did not take %d metrics, they are kept: %s"
-                    logging.getLogger(__name__).warning(kept, len(batch), type(error).__name__)
+                    logging.getLogger(__name__).warning("MLflow did not take %d metrics: %s", len(batch), type(error).__name__)
+                    self._keep()
                     return
                 with self.lock:
                     self.waiting = self.waiting[len(batch) :]
+            if self.is_kept:
+                files.remove(self.kept)
+                self.is_kept = False
+
+    def _keep(self) -> None:
+        with self.lock:
+            points = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self.waiting]
+        with contextlib.suppress(OSError):  # a storage that is away as well
+            files.write_json(self.kept, points)
+            self.is_kept = True
+
+
+def send_kept(recipe: Recipe, run_id: str) -> None:
+    """Send the numbers of a run that MLflow did not take while it was trained. Raises Refused where it still is away."""
+    metrics = Metrics(uri_of(recipe), run_id, recipe.folder)
+    metrics.flush()
+    if metrics.waiting:
+        raise Refused(f"track.uri: MLflow at {uri_of(recipe)} is away; its numbers are kept, run the same command when it is back")
 
 
 def curves(recipe: Recipe, run_id: str, names: list[str]) -> dict[str, list[tuple[int, float]]]:

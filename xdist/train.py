@@ -25,52 +25,84 @@ from xdist.errors import Collapsed, Refused
 from xdist.progress import say
 
 WORST = -1.0  # score of a checkpoint at which nothing was evaluated
+RETRIES = 3  # starts of the workers, one after the other, that come to no new checkpoint
+RESIZE_EVERY = 60.0  # seconds between looks for more workers
 
 
 def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     """Train, or go on training. Gives the folder of the best checkpoint. Needs a connected Ray.
 
-    Raises Collapsed when the student maps everything to nearly one point.
+    Workers that die are started again from the newest checkpoint, as long as each few starts get further than those before. Raises
+    Collapsed when the student maps everything to nearly one point.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     cpus, gpus = cluster.resources(recipe.cluster)
-    total = shards.order(recipe).total_steps()
-    say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {recipe.cluster.workers} worker(s)")
+    total, (least, most) = shards.order(recipe).total_steps(), recipe.cluster.workers
+    workers = f"{most}" if least == most else f"{least} to {most}"
+    say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {workers} worker(s)")
+    cluster.await_room(recipe.cluster, least, cpus, gpus, "train")
+    _remove_unnoted(f"{recipe.folder}/checkpoints")
+    starts: list[int] = []
 
     def show(_: int, __: float, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            say(_line(line, total))
+            if "world" in line:
+                starts.append(line["step"])
+            if "world" not in line or line["step"] or len(starts) > 1 or least < most:
+                say(_line(line, total))
 
     with cluster.watched(show) as board:
-        worker: Any = _worker
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config={
-                "settings": recipe.model_dump(mode="json"), "board": board, "run_id": run_id, "tracking_uri": tracking_uri,
-                "threads": 0 if gpus else cpus,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=recipe.cluster.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-            ),
-            run_config=RunConfig(
-                name="checkpoints",
-                storage_path=recipe.folder,
-                checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"),
-                failure_config=FailureConfig(max_failures=3),
-            ),
-        )  # fmt: skip
-        try:
-            result: Any = _fit(trainer)
-        except ray.train.TrainingFailedError as error:
-            raise _reason(error) from None
+        given = {"settings": recipe.model_dump(mode="json"), "board": board, "run_id": run_id, "tracking_uri": tracking_uri}
+        while True:
+            try:
+                result = _fit(_trainer(recipe, given | {"threads": 0 if gpus else cpus}, cpus, gpus))
+                break
+            except ray.train.TrainingFailedError as error:
+                reason = _reason(error)
+                if isinstance(reason, Refused) or not starts or starts[-1] == starts[0]:
+                    raise reason from None
+                del starts[:-1]
     if result.return_value:
         kind, message = json.loads(result.return_value)
         raise Collapsed(message) if kind == "Collapsed" else Refused(message)
     best = max(result.best_checkpoints, key=lambda found: found[1]["selection"])[0]
     return f"{recipe.folder}/checkpoints/{os.path.basename(best.path)}"
+
+
+def _remove_unnoted(folder: str) -> None:
+    """Remove checkpoints that were being uploaded when a run was killed: Ray Train goes by the notes that it makes of whole ones."""
+    notes = f"{folder}/checkpoint_manager_snapshot.json"
+    noted = [entry["checkpoint_dir_name"] for entry in files.read_json(notes)["checkpoint_results"]] if files.exists(notes) else []
+    for name in files.folders(folder):
+        if name.startswith("checkpoint_") and name not in noted:
+            files.remove(f"{folder}/{name}")
+
+
+def _trainer(recipe: Recipe, given: dict[str, Any], cpus: int, gpus: float) -> Any:
+    """Ray Train's trainer of the run; where the run has a checkpoint, it goes on from there."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    worker: Any = _worker
+    scaling: Any = ScalingConfig  # the types that Ray gives it are those of its older version
+    least, most = recipe.cluster.workers
+    return TorchTrainer(
+        worker,
+        train_loop_config=given,
+        scaling_config=scaling(
+            num_workers=most if least == most else (least, most),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+            elastic_resize_monitor_interval_s=RESIZE_EVERY,
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=recipe.folder,
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"),
+            failure_config=FailureConfig(max_failures=RETRIES),
+        ),
+    )
 
 
 def _fit(trainer: Any) -> Any:
@@ -96,6 +128,8 @@ def _reason(error: Any) -> BaseException:
 
 
 def _line(line: dict[str, Any], total: int) -> str:
+    if "world" in line:
+        return f"  from step {line['step']:,} on {line['world']} worker(s)"
     if "selection" in line:
         accuracy = "  ".join(f"{name} {value:.3f}" for name, value in line["accuracy"].items())
         return f"  held out at step {line['step']:,}: selection {line['selection']:.3f}   accuracy: {accuracy}"
@@ -110,10 +144,12 @@ def _line(line: dict[str, Any], total: int) -> str:
 def _worker(config: dict[str, Any]) -> str | None:
     """What each training worker runs. A lone worker hands back what the user can mend, instead of failing and being
     started again; among several, the failure must reach the others."""
+    import ray.train
+
     try:
         _train_here(config)
     except Refused as error:
-        if config["settings"]["cluster"]["workers"] > 1:
+        if ray.train.get_context().get_world_size() > 1:
             raise
         return json.dumps([type(error).__name__, str(error)])
     return None
@@ -132,19 +168,31 @@ def _train_here(config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
     meter = Meter(None, None)
     if rank == 0:
-        meter = Meter(cluster.RemoteBoard(config["board"]), track.Metrics(config["tracking_uri"], config["run_id"]), world)
+        meter = Meter(cluster.RemoteBoard(config["board"]), track.Metrics(config["tracking_uri"], config["run_id"], recipe.folder), world)
 
     def report(score: float, accuracy: dict[str, float], step_: int, save: Callable[[str], None]) -> None:
-        """Every rank reports as often as every other; rank 0 brings the checkpoint."""
+        """Every rank reports as often as every other; rank 0 brings the checkpoint, which is uploaded while training goes on."""
         if rank != 0:
             ray.train.report({"selection": score})
             return
-        with tempfile.TemporaryDirectory() as folder:
-            save(folder)
-            ray.train.report({"selection": score, "step": step_}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        save(folder := tempfile.mkdtemp())  # Ray Train removes it when it is uploaded
+        ray.train.report(
+            {"selection": score, "step": step_},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+
+    warned = False
+
+    def warning() -> bool:
+        """Whether a machine of ours was told that it will be taken away, and was not before."""
+        nonlocal warned
+        fresh = not warned and ray.train.get_preemption_info() is not None
+        warned = warned or fresh
+        return fresh
 
     resumed = ray.train.get_checkpoint()
-    fit(recipe, report, meter, resumed.as_directory() if resumed else None, rank, world)
+    fit(recipe, report, meter, resumed.as_directory() if resumed else None, rank, world, warning)
 
 
 def fit(
@@ -154,10 +202,11 @@ def fit(
     resumed: contextlib.AbstractContextManager[str] | None = None,
     rank: int = 0,
     world: int = 1,
+    warning: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train from the checkpoint in the folder that `resumed` gives, or from the start, to the end, in this process. At each
     checkpoint and evaluation `report` is called with the score (WORST where nothing was evaluated), the accuracies, the step, and
-    a function that saves a checkpoint into a folder."""
+    a function that saves a checkpoint into a folder. `warning` is asked every `log_every` steps whether it is time for one more."""
     import torch
 
     from xdist import checkpoint, encoder
@@ -180,6 +229,7 @@ def fit(
 
     remaining = itertools.islice(order.batches(start, rank, world), total - start.step)  # none where only the export is left
     with contextlib.closing(meter):
+        meter.began(start.step)
         for position, micro_batches in remaining:
             learning_rate = schedule(position.step - 1, total, recipe.train.warmup_steps)
             last = position.step == total
@@ -191,7 +241,7 @@ def fit(
                 meter.log(position.step, measured, recipe.train.lr * learning_rate)
                 refuse_collapse(measured, position.step, recipe.train)
             evaluating = last or position.step % recipe.train.evaluate_every == 0
-            if evaluating or position.step % recipe.train.checkpoint_every == 0:
+            if evaluating or position.step % recipe.train.checkpoint_every == 0 or (watched and warning()):
                 score, accuracy = WORST, {}
                 if judge and evaluating:
                     verdict = judge.judge(student)
@@ -229,7 +279,8 @@ def step(
     measure: bool,
     head: Any = None,
 ) -> dict[str, float]:
-    """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step."""
+    """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step. Each of the step's micro-batches
+    counts the same, however many workers share them out."""
     import torch
 
     from xdist import collapse, loss
@@ -242,7 +293,7 @@ def step(
         with model.no_sync() if waiting else contextlib.nullcontext():
             s = model(ids, mask)[: len(t)]
             value, terms = loss.total(s, t, settings.loss, settings.loss_temperature, settings.matryoshka, head)
-            (value / len(micro_batches)).backward()
+            (value * world / settings.micro_batches).backward()  # workers' gradients are averaged
         if measure:
             found = {"loss": value.detach(), **terms, **collapse.measure(s.detach(), t)}
             totals = {name: totals.get(name, 0.0) + float(found[name]) / len(micro_batches) for name in found}
@@ -293,6 +344,12 @@ class Meter:
 
     def __init__(self, board: cluster.RemoteBoard | None, metrics: Any, world: int = 1):
         self.board, self.metrics, self.world = board, metrics, world
+        self.pause()
+
+    def began(self, step_: int) -> None:
+        """Say where training starts, and on how many workers."""
+        if self.board:
+            self.board.post({"step": step_, "world": self.world})
         self.pause()
 
     def pause(self) -> None:

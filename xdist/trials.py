@@ -49,7 +49,8 @@ def run(config: dict[str, Any], search: Recipe, parent: str, worst: float, tell:
         return
     recipe = trial_recipe(search, trial)
     tracking, marker = track.uri_of(search), f"{search.folder}/children/{name}.json"
-    metrics = track.Metrics(tracking, track.child(tracking, parent, label(name, trial), logged(recipe, trial), marker))
+    child = track.child(tracking, parent, label(name, trial), logged(recipe, trial), marker)
+    metrics = track.Metrics(tracking, child, f"{search.folder}/children/{name}")
     total, started = shards.order(recipe).total_steps(), time.monotonic()
     before = record["history"][-1] if record["history"] else {"step": 0, "seconds": 0.0}
 

@@ -58,6 +58,7 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
     wanted = [] if space.searcher == "tpe" else drawn(search, space)
     count = len(wanted) or space.samples
     concurrent, cpus, gpus = share(search, space, count)
+    cluster.await_room(search.cluster, 1, cpus, gpus, "search")
     say(f"search    {count} trials, {concurrent} at once with {cpus} CPU, {gpus:g} GPU each; metric {space.metric}")
     settings, threads, worst = search.model_dump(mode="json"), 0 if gpus else cpus, train.WORST * sign(space)
 
@@ -133,7 +134,7 @@ def share(search: Recipe, space: Space, count: int) -> tuple[int, int, float]:
     else:
         room = int(total.get("CPU", 1)) // (settings.cpus_per_worker or 1)
     concurrent = max(1, min(count, space.at_once or room))
-    return concurrent, *cluster.resources(settings.model_copy(update={"workers": concurrent}))
+    return concurrent, *cluster.resources(settings.model_copy(update={"workers": (concurrent, concurrent)}))
 
 
 def _scheduler(search: Recipe, space: Space) -> Any:
