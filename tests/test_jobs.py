@@ -42,6 +42,7 @@ class Head:
         self.address = f"http://127.0.0.1:{self.ports['dashboard-port']}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
         self.env = kept | {"HOME": str(folder), "RAY_AUTH_MODE": "token", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        self.env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how often Ray Train notes a checkpoint: more often than by itself
         subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=self.env, check=True, capture_output=True)
         self.token = (folder / ".ray" / "auth_token").read_text()
 
@@ -72,6 +73,8 @@ class Head:
 
     def kill(self) -> None:
         """kill -9 of the whole head: its process group, and what Ray began in other groups."""
+        if self.process.poll() is not None:
+            return
         family = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -181,7 +184,7 @@ def test_stopped_and_its_head_killed_it_ends_in_the_same_student(head: Head, mak
     assert 0 < first < 1200
 
     with submitted(head, recipe_file, "killed") as (process, log):
-        wait_for(lambda: noted(disturbed) > first, process)
+        wait_for(lambda: bool(steps(log)) and noted(disturbed) > first, process)
         head.kill()
         assert process.wait(timeout=60) != 0
     assert steps(log)[0] > first, "training began anew after `ray job stop`"
