@@ -85,19 +85,8 @@ class Head:
 
     def submit(self, *entrypoint: str, name: str) -> list[str]:
         """The command line of docs/scaling.md."""
-        return [
-            f"{BIN}/ray",
-            "job",
-            "submit",
-            "--address",
-            self.address,
-            "--submission-id",
-            name,
-            "--working-dir",
-            str(ROOT),
-            "--",
-            *entrypoint,
-        ]
+        options = f"--address {self.address} --submission-id {name} --working-dir".split()
+        return [f"{BIN}/ray", "job", "submit", *options, str(ROOT), "--", *entrypoint]
 
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
