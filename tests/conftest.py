@@ -104,8 +104,9 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_recipe(tmp_path: Path, teacher: str) -> Callable[..., Recipe]:
+def make_recipe(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
     """Make a recipe on a corpus of 400 sentences in en, es and de; keyword arguments replace or add keys of sections."""
+    monkeypatch.setattr("xdist.planning.PROBE_SECONDS", 0.2)  # what a plan's estimates take here
     data = tmp_path / "data"
     data.mkdir()
     rows = sentences(480)

@@ -282,6 +282,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe,
 
     hashes = all_hashes(tmp_path / "b" / "store")
     assert len(hashes) == len(set(hashes)) == 400, "a sentence was embedded twice, or is missing"
+    assert not half.exists()
     log = sorted(tmp_path.glob("log-*.txt"))[-1].read_text()
     assert "step     10 of 240" not in log, "training began anew instead of going on"
     assert_equal_weights(Path(undisturbed.folder), folder)

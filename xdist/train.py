@@ -73,7 +73,8 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
 def _remove_unnoted(folder: str) -> None:
     """Remove checkpoints that were being uploaded when a run was killed: Ray Train goes by the notes that it makes of whole ones."""
     notes = f"{folder}/checkpoint_manager_snapshot.json"
-    noted = [entry["checkpoint_dir_name"] for entry in files.read_json(notes)["checkpoint_results"]] if files.exists(notes) else []
+    state = files.read_json(notes) if files.exists(notes) else {}
+    noted = [entry["checkpoint_dir_name"] for key in ("checkpoint_results", "pending_training_results") for entry in state.get(key, [])]
     for name in files.folders(folder):
         if name.startswith("checkpoint_") and name not in noted:
             files.remove(f"{folder}/{name}")
