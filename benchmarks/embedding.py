@@ -75,7 +75,7 @@ def _backend(folder: str, name: str) -> Any:
     try:
         return _peer(folder, backend=name)
     except Exception as error:  # export and engine fail in ways of their own
-        return f"not measured: {type(error).__name__}: {str(error)[:200]}"
+        return f"not measured: {type(error).__name__}: {str(error).split(' (')[0][:120]}"
 
 
 def _floor_rate(ours: Encoder, lengths: Sequence[int]) -> float:

@@ -39,6 +39,14 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this project (its commit) and of what computes."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"python": platform.python_version(), "xdist": commit or "?"} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of Python, of this project (its commit, with a + where the code is not that of the commit) and of what computes."""
+    commit = _git("rev-parse", "--short", "HEAD") or "?"
+    changed = "+" if _git("status", "--porcelain", "--", "xdist", "jobs", "recipes") else ""
+    return {"python": platform.python_version(), "xdist": commit + changed} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""

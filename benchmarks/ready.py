@@ -15,7 +15,15 @@ from xdist.store import Fingerprint
 def recipe(options: Options, name: str, **sections: dict[str, Any]) -> Recipe:
     """Training as the demo trains, on a student of all the teacher's layers and tokens. English is seen once with each translation, as
     SentenceTransformerTrainer sees it, so both sides read the same texts equally often. Keyword arguments add keys of sections."""
-    sentences = {"name": "sentences", "path": "sentences.tsv", "source": "en", "target": "{lang}", "where": {"split": "train"}}
+    sentences: dict[str, Any] = {
+        "name": "sentences",
+        "path": "sentences.tsv",
+        "source": "en",
+        "target": "{lang}",
+        "where": {"split": "train"},
+    }
+    if options.quick:
+        sentences["max_rows"] = 200
     settings: dict[str, Any] = {
         "run": {"name": name, "storage": str(options.folder / "runs")},
         "data": {"root": str(DEMO), "languages": list(LANGUAGES[1:]), "corpora": [sentences], "holdout": 0, "source_weight": 3.0},

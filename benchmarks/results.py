@@ -101,16 +101,17 @@ def plot(path: Path, entries: Sequence[Entry]) -> None:
     with matplotlib.rc_context(STYLE):
         figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.3 * len(shown)), layout="constrained")
         values = [found["ratio"] for found in shown]
-        names = [f"{found['name']}  (peer: {found['against']})" for found in shown]
+        names = [f"{found['name']} | {found['against']}" for found in shown]
         bars = axis.barh(
             names, [value - 1 for value in values], left=1, color=[PALETTE[0] if value >= 1 else PALETTE[1] for value in values]
         )
         axis.bar_label(bars, [f"{value:.2f} ×" for value in values], padding=3, fontsize=8)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g} ×")
         axis.axvline(1, color="#444", lw=1)
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.15)
-        axis.set_title("How many times as good as the peer (rates, or less time and memory)")
-        figure.savefig(path, format="png", dpi=130)
+        axis.set_title("Times as good: measure | peer")
+        figure.savefig(path, format="png", dpi=130, bbox_inches="tight")
         pyplot.close(figure)

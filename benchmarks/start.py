@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import ready
 from benchmarks.commands import Watched, command
 from benchmarks.measure import Measure, Options
 
@@ -34,11 +35,14 @@ def _run(options: Options, name: str) -> Watched:
     if name == "cold":
         _forget(Path(sysconfig.get_path("purelib")))
     given = ["--run.storage", str(storage), "--train.log_every", "1", "--teacher.model", options.model]
-    return command(["jobs/distill.py", "recipes/demo.yaml", *given], until="step ")
+    recipe = ready.written(ready.recipe(options, "start"), options) if options.quick else "recipes/demo.yaml"
+    return command(["jobs/distill.py", recipe, *given], until="step ")
 
 
 def _forget(folder: Path) -> None:
-    """Have the operating system drop the files of a folder from memory, as far as no process uses them."""
+    """Have the operating system drop the files of a folder from memory, as far as it can and no process uses them."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size:
             with open(path, "rb") as stream:
