@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import evaluation, floor, overhead, results, streaming, texts
+from benchmarks import costs, evaluation, floor, overhead, results, streaming, texts
 from benchmarks.commands import Watched
 from benchmarks.measure import Measure, in_turns
 from benchmarks.peer import Clock
@@ -144,3 +144,18 @@ def test_both_evaluations_agree() -> None:
     given = evaluation.vectors(300)
     assert np.allclose(np.linalg.norm(given, axis=2), 1, atol=1e-5)
     assert 0.1 < evaluation.ours(*given) == evaluation.peer(*given) < 1
+
+
+def test_costs_follow_the_rates_of_the_plan() -> None:
+    plan = {
+        "sentences": 1000, "cached": 500, "pairs": 3000, "store_bytes": 500 * 776, "shard_bytes": 1_000_000,
+        "seen": {"en": 1000, "es": 1500}, "token_lengths": {"en": [0, 0, 10], "es": [0, 5, 0, 5]},  # two tokens on average in both
+        "teacher_sentences_per_second": 100.0, "student_tokens_per_second": 5000.0,
+    }  # fmt: skip
+    found = costs.estimate(plan, 10_000, prepare_rate=600.0)
+    assert found["pairs"] == 30_000
+    assert found["prepare"] == pytest.approx(30_000 / 600 / 3600)
+    assert found["embed"] == pytest.approx(10_000 / 100 / 3600)
+    assert found["train"] == pytest.approx(10 * (1000 * 2 + 1500 * 2) / 5000 / 3600)
+    assert found["bytes"] == pytest.approx(10 * (1_000_000 + 1000 * 776))
+    assert costs.table(plan, 600.0, 0.5).splitlines()[2].startswith("| 1,000,000 | 3,000,000 | 1.4 h | 2.8 h | 0.3 h | 4.4 h | $2 | 2 GB |")
