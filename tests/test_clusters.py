@@ -233,7 +233,7 @@ def test_commands_of_this_project_parse(path: str, monkeypatch: pytest.MonkeyPat
     for job, arguments in found:
         assert (ROOT / "jobs" / f"{job}.py").exists()
         mine = [argument.replace("recipes/mine.yaml", "recipes/demo.yaml") for argument in arguments]
-        assert parsed(mine).cluster.workers >= 1
+        assert parsed(mine).cluster.workers[0] >= 1
 
 
 @pytest.mark.parametrize("argument", ["--cluster.worker", "--train.micro_batch", "--run.store"])
@@ -250,7 +250,7 @@ def test_rayjob_asks_for_what_its_pods_have(monkeypatch: pytest.MonkeyPatch) -> 
     asked = parsed(arguments)
     (gpu,) = [group for group in load(RAYJOB)["spec"]["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "gpu"]
     assert asked.cluster.gpus_per_worker == 1
-    assert asked.cluster.workers <= gpu["maxReplicas"]
+    assert asked.cluster.workers[1] <= gpu["maxReplicas"]
     assert (asked.cluster.teacher_actors or 99) <= gpu["maxReplicas"]
     assert asked.run.storage.startswith("s3://")
     assert asked.track.uri

@@ -116,7 +116,7 @@ def test_actors_workers_and_nodes_die(nodes: Nodes, make_recipe: MakeRecipe, tmp
 
     recipe = make_recipe(run={"name": "killed", "storage": str(tmp_path / "killed")}, train=TRAIN, data=DATA, cluster=cluster)
     store = Path(recipe.run.storage, "store")
-    with on(nodes, recipe, tmp_path) as job:
+    with on(nodes, recipe, tmp_path, "train.RETRIES = 1; ") as job:  # so that the second loss is more than Ray Train would take
         job.wait_for(lambda: len(list(store.glob("*/*.arrow"))) >= 2)
         nodes.kill_worker(0, "MapWorker")
         begun = len(list(store.glob("*/*.arrow")))

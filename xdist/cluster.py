@@ -134,7 +134,7 @@ def held(name: str) -> Iterator[None]:
     deadline = time.monotonic() + HELD_SECONDS
     while True:
         try:
-            holder: Any = ray.remote(Board).options(name=name, namespace="xdist", num_cpus=0).remote()
+            holder: Any = ray.remote(Board).options(name=name, namespace="xdist", num_cpus=0, scheduling_strategy=_here()).remote()
             break
         except ValueError:  # the name is taken
             if time.monotonic() > deadline:
@@ -229,6 +229,14 @@ def teacher_actors(settings: Cluster) -> int:
     return settings.teacher_actors or gpus or settings.workers[1]
 
 
+def _here() -> Any:
+    """Where an actor is to be that lives as long as the driver: on its machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 class Board:
     """An actor that work reports to while it runs; the driver reads it for progress."""
 
@@ -254,10 +262,8 @@ class Board:
 def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
     """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # it is to live as long as the driver
-    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=_here()).remote()
     ended = threading.Event()
 
     def follow() -> None:
