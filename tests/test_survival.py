@@ -144,18 +144,21 @@ def test_actors_workers_and_nodes_die(nodes: Nodes, make_recipe: MakeRecipe, tmp
 def test_training_shrinks_and_grows(nodes: Nodes, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """A node is announced to go: a checkpoint is written in time, and one worker goes on alone, until another node comes. (That workers
     share out batches without changing them: test_pipeline.test_two_workers_see_every_batch_once.)"""
-    train = TRAIN | {"steps": 1500, "checkpoint_every": 500, "evaluate_every": 1500}
+    train = TRAIN | {"steps": 3000, "checkpoint_every": 3000, "evaluate_every": 3000}
     recipe = make_recipe(train=train, cluster={"workers": [1, 2], "num_cpus": None})
     with on(nodes, recipe, tmp_path, "train.RESIZE_EVERY = 3.0; ") as job:
         job.wait_for(lambda: job.steps() and job.steps()[-1] >= 50)
-        nodes.warn(0, 8)
+        nodes.warn(0, 6)
+        gone = time.monotonic() + 6
+        job.wait_for(lambda: time.monotonic() > gone)
+        nodes.remove(0)
         job.wait_for(lambda: len(job.starts()) == 2)
         nodes.add()
         job.wait_for(lambda: len(job.starts()) == 3)
         job.ends()
     assert [workers for _, workers in job.starts()] == [2, 1, 2]
-    assert 50 <= job.starts()[1][0] < 500, "no checkpoint was written when the node was announced to go"
-    assert job.steps()[-1] == 1500
+    assert 50 <= job.starts()[1][0] < 3000, "no checkpoint was written when the node was announced to go"
+    assert job.steps()[-1] == 3000
 
 
 def test_what_would_fail_later_is_refused_at_once(nodes: Nodes, make_recipe: MakeRecipe, tmp_path: Path) -> None:

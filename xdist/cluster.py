@@ -43,6 +43,8 @@ def connected(settings: Cluster) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read once, when ray is imported
     # How soon Ray Train sees that a worker died or uploaded a checkpoint: every two seconds by its default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # How long it waits for workers on machines that it thinks are there, and that may have gone: a minute by its default.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
     import ray.data
 
@@ -134,7 +136,7 @@ def held(name: str) -> Iterator[None]:
     deadline = time.monotonic() + HELD_SECONDS
     while True:
         try:
-            holder: Any = ray.remote(Board).options(name=name, namespace="xdist", num_cpus=0, scheduling_strategy=_here()).remote()
+            holder: Any = ray.remote(Board).options(name=name, namespace="xdist", **_as_long_as_the_driver()).remote()
             break
         except ValueError:  # the name is taken
             if time.monotonic() > deadline:
@@ -229,12 +231,13 @@ def teacher_actors(settings: Cluster) -> int:
     return settings.teacher_actors or gpus or settings.workers[1]
 
 
-def _here() -> Any:
-    """Where an actor is to be that lives as long as the driver: on its machine."""
+def _as_long_as_the_driver() -> dict[str, Any]:
+    """Options of an actor that is to live as long as the driver: on its machine, or elsewhere if it is lost there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
 
 
 class Board:
@@ -263,7 +266,7 @@ def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: f
     """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
-    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=_here()).remote()
+    board: Any = ray.remote(Board).options(**_as_long_as_the_driver()).remote()
     ended = threading.Event()
 
     def follow() -> None:
