@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import number
+
 SIZES = (1_000_000, 100_000_000, 1_000_000_000)
 HEAD = ["source sentences", "pairs", "prepare", "embed", "train", "machine hours", "price", "vectors and shards"]
 
@@ -40,8 +42,8 @@ def table(plan: dict[str, Any], prepare_rate: float, price: float) -> str:
     for sentences in SIZES:
         found = estimate(plan, sentences, prepare_rate)
         hours = [found[stage] for stage in ("prepare", "embed", "train")]
-        cells = [f"{sentences:,}", f"{found['pairs']:,.0f}", *(f"{each:,.1f} h" for each in [*hours, sum(hours)])]
-        lines.append("| " + " | ".join([*cells, f"${price * sum(hours):,.0f}", f"{found['bytes'] / 1e9:,.0f} GB"]) + " |")
+        cells = [f"{sentences:,}", f"{found['pairs']:,.0f}", *(f"{number(each)} h" for each in [*hours, sum(hours)])]
+        lines.append("| " + " | ".join([*cells, f"${price * sum(hours):,.2f}", f"{number(found['bytes'] / 1e9)} GB"]) + " |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from benchmarks import ready, texts
 from benchmarks.commands import command
 from benchmarks.measure import Measure, Options, in_turns, seconds
-from xdist import cluster, corpus, embed, encoder, files, recipes, track, train
+from xdist import cluster, corpus, embed, encoder, files, launch, recipes, track
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.progress import Progress
@@ -49,7 +49,7 @@ def train_rate(recipe: Recipe) -> float:
     files.remove(f"{recipe.folder}/checkpoints")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), cluster.connected(recipe.cluster), track.run(recipe, "benchmark") as run_id:
-        train.train(recipe, run_id, track.uri_of(recipe))
+        launch.train(recipe, run_id, track.uri_of(recipe))
     return steady(out.getvalue())
 
 

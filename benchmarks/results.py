@@ -69,10 +69,11 @@ def table(entries: Sequence[Entry]) -> str:
 def markdown(entries: Sequence[Entry]) -> str:
     """Medians as a table, with best values and notes, under the facts of the machines that they were measured on."""
     lines = ["![Ratios to the peers](performance.png)", ""]
-    for facts in dict.fromkeys(json.dumps([found["machine"], found["versions"]]) for found in entries):
-        machine, versions = json.loads(facts)
-        here = [found for found in entries if (found["machine"], found["versions"]) == (machine, versions)]
-        about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (machine | versions).items() if value is not None)
+    for facts in dict.fromkeys(_facts(found) for found in entries):
+        here = [found for found in entries if _facts(found) == facts]
+        about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in json.loads(facts).items() if value is not None)
+        commits = dict.fromkeys(found["versions"]["xdist"] for found in here if "xdist" in found["versions"])
+        about += f", xdist {', '.join(commits)}" if commits else ""
         dates = " to ".join(dict.fromkeys([min(found["date"] for found in here), max(found["date"] for found in here)]))
         lines += [f"{dates}; {about}.", "", "| " + " | ".join([*HEAD[:4], "best", *HEAD[4:], "note"]) + " |", "|---" * 8 + "|"]
         for found in here:
@@ -82,6 +83,11 @@ def markdown(entries: Sequence[Entry]) -> str:
         lines.append("")
     commands = sorted({found["command"] for found in entries})
     return "\n".join([*lines, "Measured by " + ", ".join(f"`{command}`" for command in commands) + "."])
+
+
+def _facts(found: Entry) -> str:
+    """Machine and versions of a measure, as one text; the project's own commit is apart, since measures are renewed one by one."""
+    return json.dumps(found["machine"] | {name: version for name, version in found["versions"].items() if name != "xdist"})
 
 
 def document(path: Path, entries: Sequence[Entry]) -> None:

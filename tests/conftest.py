@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -160,13 +162,28 @@ def started(command: list[str], log: Path, cwd: Path | None = None, env: dict[st
             process.wait()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
-    """Wait for the moment to kill a command."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 400) -> float:
+    """Wait for the moment to kill a command; gives the seconds that it took."""
+    begun = time.monotonic()
     while not condition():
         assert process.poll() is None, "the command ended before the moment to kill it came"
-        assert time.monotonic() < deadline, "the moment to kill it never came"
+        assert time.monotonic() < begun + seconds, "the moment to kill it never came"
         time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+def steps(log: Path) -> list[int]:
+    """The steps of training that a command has shown."""
+    return [int(number.replace(",", "")) for number in re.findall(r"^  step +([\d,]+) of", log.read_text(), re.M)]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
 
 
 # --- what runs leave behind ---

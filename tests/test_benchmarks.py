@@ -11,7 +11,7 @@ from benchmarks import costs, evaluation, floor, overhead, results, streaming, t
 from benchmarks.commands import Watched
 from benchmarks.measure import Measure, in_turns
 from benchmarks.peer import Clock
-from xdist import train
+from xdist import launch
 from xdist.progress import Progress
 
 FACTS = {"machine": {"cpu": "abacus", "cores": 2, "gpu": None}, "versions": {"python": "3"}, "date": "2026-01-02", "command": "make bench"}
@@ -125,7 +125,7 @@ def test_a_clock_leaves_the_first_steps_out() -> None:
 def test_rates_are_read_from_the_lines_of_training() -> None:
     line = {"loss": 1.0, "terms": {}, "sequences_per_second": 10.0, "steps_per_second": 1.0}
     lines = "\n".join(
-        train._line(line | {"step": step, "tokens_per_second": rate}, 30) for step, rate in ((10, 1.0), (20, 1000.0), (30, 3000.0))
+        launch._line(line | {"step": step, "tokens_per_second": rate}, 30) for step, rate in ((10, 1.0), (20, 1000.0), (30, 3000.0))
     )
     assert overhead.steady(lines) == pytest.approx(1500)
 
@@ -158,4 +158,8 @@ def test_costs_follow_the_rates_of_the_plan() -> None:
     assert found["embed"] == pytest.approx(10_000 / 100 / 3600)
     assert found["train"] == pytest.approx(10 * (1000 * 2 + 1500 * 2) / 5000 / 3600)
     assert found["bytes"] == pytest.approx(10 * (1_000_000 + 1000 * 776))
-    assert costs.table(plan, 600.0, 0.5).splitlines()[2].startswith("| 1,000,000 | 3,000,000 | 1.4 h | 2.8 h | 0.3 h | 4.4 h | $2 | 2 GB |")
+    assert (
+        costs.table(plan, 600.0, 0.5)
+        .splitlines()[2]
+        .startswith("| 1,000,000 | 3,000,000 | 1.39 h | 2.78 h | 0.278 h | 4.44 h | $2.22 | 1.78 GB |")
+    )

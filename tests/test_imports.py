@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "xdist").glob("*.py")) if path.stem != "__init__"}
-RAY = {"cluster", "train", "tune"}
+RAY = {"cluster", "launch", "tune"}
 HEAVY = {"torch", "ray", "mlflow", "transformers", "sentence_transformers", "datasets", "pyarrow", "numpy", "sklearn", "matplotlib"}
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import conftest
 import psutil
 import pytest
-from conftest import MakeRecipe, as_file, assert_equal_weights, wait_for
+from conftest import MakeRecipe, as_file, assert_equal_weights, free_ports, steps, wait_for
 from test_pipeline import read_if_there
 
 from xdist.config import Recipe
@@ -90,14 +89,6 @@ class Head:
         return subprocess.run(command, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="xj", dir="/tmp"))  # short: Ray's sockets lie in it
@@ -135,10 +126,6 @@ def submitted(head: Head, recipe_file: Path, name: str) -> Iterator[tuple[subpro
     command = ["env", *(f"{key}={value}" for key, value in environment.items())]
     with conftest.started([*command, *head.submit("python", "jobs/distill.py", str(recipe_file), name=name)], log) as process:
         yield process, log
-
-
-def steps(log: Path) -> list[int]:
-    return [int(number.replace(",", "")) for number in re.findall(r"^  step +([\d,]+) of", log.read_text(), re.M)]
 
 
 def noted(recipe: Recipe) -> int:

@@ -1,7 +1,6 @@
 """What the run depends on goes away: object storage by its real protocol, a real MLflow server."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 import threading
@@ -13,18 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import MakeRecipe, as_file, started, wait_for
+from conftest import MakeRecipe, as_file, free_ports, started, wait_for
 
 from xdist import files
 from xdist.config import Recipe
 
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class ObjectStore:
@@ -70,7 +63,7 @@ class Tracking:
     """An MLflow server with an artifact store of its own."""
 
     def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.stack = contextlib.ExitStack()
 
@@ -159,7 +152,7 @@ def test_what_is_away_at_the_start_is_refused(make_recipe: MakeRecipe, tmp_path:
     from xdist import pipeline
     from xdist.errors import Refused
 
-    recipe: Recipe = make_recipe(track={"uri": f"http://127.0.0.1:{free_port()}"})
+    recipe: Recipe = make_recipe(track={"uri": f"http://127.0.0.1:{free_ports(1)[0]}"})
     with pytest.raises(Refused, match=r"track\.uri: MLflow cannot be reached at http://127\.0\.0\.1:\d+"):
         pipeline.distill(recipe)
     assert not Path(recipe.folder, "parts").exists()

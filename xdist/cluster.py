@@ -194,7 +194,7 @@ def on_each_node(work: Callable[..., Item], **arguments: Any) -> list[tuple[str,
         try:
             found.append((name, ray.get(reference, timeout=300)))
         except ray.exceptions.RayError as error:
-            raise Refused(f"preflight: {name} cannot run xdist: {str(error).strip().splitlines()[-1]}") from None
+            raise Refused(f"machine {name} cannot start a process of this job: {str(error).strip().splitlines()[-1]}") from None
     return found
 
 

@@ -304,13 +304,14 @@ class Track(Section):
 
 
 def _least_and_most(value: Any) -> tuple[int, int]:
-    counts = [value, value] if isinstance(value, int | str) else list(value) * (2 // max(1, len(value)))
+    given = value if isinstance(value, list | tuple) else [value]
     try:
-        least, most = (int(count) for count in counts)
-    except (ValueError, TypeError):
+        numbers = [int(str(count)) for count in given]  # the command line gives texts; 1.5 and true are no numbers of workers
+        least, most = numbers if len(numbers) > 1 else numbers * 2
+    except ValueError:
         raise ValueError("expected a number of workers, or [least, most]") from None
     if not 1 <= least <= most:
-        raise ValueError(f"[{least}, {most}] are not the least and the most of at least one worker")
+        raise ValueError(f"{least} and {most} are not the least and the most of at least one worker")
     return least, most
 
 

@@ -134,14 +134,14 @@ def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, stor
 
 
 def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerprint: Any, initial: str, run_id: str) -> None:
-    from xdist import selection, track, train
+    from xdist import launch, selection, track, train
 
     _once(recipe, "corpora", lambda: track.log_corpora(recipe, prepared.corpora, prepared.digests))
     embedded = _cut(recipe, prepared, fingerprint, initial)
     _once(recipe, "embed", lambda: track.log_metrics({f"embed/{key}": float(value) for key, value in embedded.items()}))
     if not files.exists(f"{recipe.folder}/student/modules.json"):
         selection.prepare(recipe, teacher)
-        best = train.train(recipe, run_id, track.uri_of(recipe))
+        best = launch.train(recipe, run_id, track.uri_of(recipe))
         track.send_kept(recipe, run_id)
         train.export(recipe, best)
 
