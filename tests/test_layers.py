@@ -1,5 +1,6 @@
 """The layers against the checkpoint's own modules: values, gradients, masks, and when they step aside."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
 
 from xdist import encoder, layers
+
+FAST = encoder.chosen_dtype("auto", "cpu") == torch.bfloat16
+needs_bf16 = pytest.mark.skipif(not FAST, reason="this CPU does not compute in bfloat16")
 
 SIZES = {"vocab_size": 90, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -71,13 +75,43 @@ def test_values_and_gradients_are_those_of_the_modules(make: Callable[[], Any], 
             assert float(our_gradients[name].norm()) == pytest.approx(float(gradient.norm()), rel=0.05), name
 
 
+@needs_bf16
+@pytest.mark.parametrize("make", [bert, roberta])
+@pytest.mark.parametrize("length", [7, 32, 50])
+def test_packed_weights_give_the_values_of_the_modules(make: Callable[[], Any], length: int) -> None:
+    body = lively(make())
+    ids, mask = batch(length)
+    seen = mask.bool()
+    with torch.inference_mode():
+        modules = body(input_ids=ids, attention_mask=mask).last_hidden_state[seen]
+        packed = layers.Packed(body).hidden(ids, mask)[seen]
+        assert packed.dtype == torch.bfloat16
+        assert cosine_similarity(packed.float(), modules, dim=-1).min() > 0.999
+        assert cosine_similarity(packed.float(), layers.hidden(body, ids, mask)[seen].float(), dim=-1).min() > 0.999
+
+
+@needs_bf16
 def test_padding_changes_nothing() -> None:
     body = lively(bert())
     ids, mask = batch(12)
     with torch.no_grad():
-        alone = layers.hidden(body, ids[4:, :8], mask[4:, :8])
-        beside = layers.hidden(body, ids, mask)[4:, :8]
-    assert cosine_similarity(alone.float(), beside.float(), dim=-1).min() > 0.9999
+        for hidden in (functools.partial(layers.hidden, body), layers.Packed(body).hidden):
+            alone = hidden(ids[4:, :8], mask[4:, :8])
+            beside = hidden(ids, mask)[4:, :8]
+            assert cosine_similarity(alone.float(), beside.float(), dim=-1).min() > 0.9999
+
+
+@needs_bf16
+def test_an_encoder_that_trains_encodes_with_its_weights_of_the_moment(teacher: str) -> None:
+    found = encoder.load(teacher, "bfloat16").eval()
+    before = found.encode(["fever and cough"])
+    with torch.no_grad():
+        for layer in found.body.encoder.layer:
+            layer.output.dense.weight += 0.1 * torch.randn_like(layer.output.dense.weight)
+    ids = torch.tensor(found.tokenize(["fever and cough"]))
+    after = torch.from_numpy(found.encode(["fever and cough"]))
+    assert cosine_similarity(after, torch.from_numpy(before)).item() < 0.999
+    assert cosine_similarity(after, found(ids, torch.ones_like(ids)).detach()).item() > 0.9999
 
 
 def test_which_models_fit() -> None:
@@ -88,6 +122,7 @@ def test_which_models_fit() -> None:
     assert not layers.fits(DistilBertModel(DistilBertConfig(vocab_size=20, dim=8, n_heads=2, n_layers=1, hidden_dim=16)))
 
 
+@needs_bf16
 def test_an_encoder_uses_them_only_where_they_compute_the_same(teacher: str, tmp_path: Path) -> None:
     assert encoder.load(teacher, "bfloat16").kernels == "fused layers"
     assert encoder.load(teacher, "bfloat16", "eager").kernels == "eager attention"

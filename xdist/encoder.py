@@ -64,9 +64,11 @@ class Encoder(torch.nn.Module):
         """The transformer."""
         return self.model[0].auto_model
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids and mask (batch, length) to unit vectors (batch, dimension), float32."""
-        if self.fused and not (self.training and self.dropout):
+    def forward(self, ids: Tensor, mask: Tensor, packed: layers.Packed | None = None) -> Tensor:
+        """Token ids and mask (batch, length) to unit vectors (batch, dimension), float32; by `packed` weights, if given."""
+        if packed:
+            hidden = packed.hidden(ids, mask)
+        elif self.fused and not (self.training and self.dropout):
             hidden = layers.hidden(self.body, ids, mask)
         else:
             with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
@@ -98,12 +100,13 @@ class Encoder(torch.nn.Module):
         budget, pad = batch_tokens or BATCH_TOKENS[self.device.split(":")[0]], self.model.tokenizer.pad_token_id or 0
         finished, training = 0, self.training
         self.eval()
+        packed = layers.Packed(self.body) if self.fused else None
         with torch.inference_mode():
             for batch in batching.token_batches(lengths, budget):
                 # The last of several batches is filled up: it has the shape of any other with texts of its length.
                 count = budget // max(1, int(lengths[batch[0]])) if finished else 0
                 ids, mask = batching.padded([rows[index] for index in batch], pad, (count, 0))
-                vectors = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device))
+                vectors = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device), packed)
                 out[batch] = vectors[: len(batch)].cpu().numpy()
                 finished += len(batch)
                 if done:
@@ -148,7 +151,7 @@ def load(folder: str, precision: str = "auto", attention: str = "auto", trust_re
     model = sentence_transformer(folder, chosen_attention(attention, device), trust_remote_code)
     default = model.prompts.get(model.default_prompt_name or "") or ""
     dtype = chosen_dtype(precision, device)
-    fused = attention == "auto" and device == "cpu" and dtype == torch.bfloat16 and layers.fits(model[0].auto_model)
+    fused = attention == "auto" and device == "cpu" and dtype == torch.bfloat16 and _fast_bf16() and layers.fits(model[0].auto_model)
     return Encoder(model, device, dtype, prompt or default, fused)
 
 
@@ -178,8 +181,12 @@ def chosen_dtype(precision: str, device: str) -> torch.dtype:
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if _fast_bf16() else torch.float32
+
+
+def _fast_bf16() -> bool:
+    """Whether the CPU computes in bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def chosen_attention(attention: str, device: str) -> str:

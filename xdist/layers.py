@@ -3,9 +3,11 @@
 The arithmetic is that of the checkpoint's own modules (Vaswani et al. 2017, 1706.03762; post-norm, exact GELU), in far fewer
 operations: on a CPU each costs tens of microseconds to start, and the passes over activations between the matrix products
 cost more than the products. Queries, keys and values are one product; scale and mask are part of another; activations
-stay bfloat16 from layer to layer; normalisation, softmax and the sums inside products are float32.
+stay bfloat16 from layer to layer; normalisation, softmax and the sums inside products are float32. `Packed` is the same without
+gradient: weights are converted once, and activation and residual are part of the products.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ KIN = ("bert", "roberta", "xlm-roberta", "camembert")
 BF16 = torch.bfloat16
 
 _norm, _norm_backward = torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward
+_mkldnn = torch.ops.mkldnn
+_product = _mkldnn._linear_pointwise
 _gelu_backward, _softmax_backward = torch.ops.aten.gelu_backward, torch.ops.aten._softmax_backward_data
 
 
@@ -28,12 +32,16 @@ def fits(body: Any) -> bool:
 def hidden(body: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Token ids and mask (batch, length) to the last layer's output (batch, length, width), bfloat16."""
     heads = body.config.num_attention_heads
-    states = body.embeddings(input_ids=ids).to(BF16)
-    shut = (1 - mask[:, None]).to(BF16) * torch.finfo(BF16).min
-    shut = shut.repeat_interleave(heads, 0)  # (batch * heads, 1, length), to be added to the logits
+    states, shut = _first(body, ids, mask)
     for layer in body.encoder.layer:
         states = Layer.apply(states, shut, heads, layer.output.LayerNorm.eps, *_weights(layer))
     return states
+
+
+def _first(body: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first layer gets: states (batch, length, width), and what is added to logits (batch * heads, 1, length)."""
+    shut = (1 - mask[:, None]).to(BF16) * torch.finfo(BF16).min
+    return body.embeddings(input_ids=ids).to(BF16), shut.repeat_interleave(body.config.num_attention_heads, 0)
 
 
 def _weights(layer: Any) -> list[Tensor]:
@@ -50,14 +58,9 @@ class Layer(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, shut: Tensor, heads: int, eps: float, *weights: Tensor) -> Tensor:
         """`states` (batch, length, width) and `shut` (batch * heads, 1, length), bfloat16; weights float32."""
         batch, length, width = states.shape
-        wq, bq, wk, bk, wv, bv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2 = weights
-        scale = (width // heads) ** -0.5
-        w_qkv, b_qkv = torch.cat([wq * scale, wk, wv]).to(BF16), torch.cat([bq * scale, bk, bv]).to(BF16)
-        wo, bo, wi, bi, wd, bd = (weight.to(BF16) for weight in (wo, bo, wi, bi, wd, bd))
+        w_qkv, b_qkv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2 = _converted(weights, heads)
         x = states.reshape(-1, width)
-        q, k, v = qkv = _split_heads(linear(x, w_qkv, b_qkv), batch, heads, 3)
-        p = torch.softmax(torch.baddbmm(shut, q, k.mT), -1, dtype=_softmax_type(length)).to(BF16)
-        context = _join_heads(torch.bmm(p, v)[None], batch)
+        qkv, p, context = _attend(linear(x, w_qkv, b_qkv), shut, heads)
         a = linear(context, wo, bo).add_(x)
         y, mean_1, scale_1 = _norm(a, [width], norm_1, shift_1, eps)
         h = linear(y, wi, bi)
@@ -66,7 +69,7 @@ class Layer(torch.autograd.Function):
         z, mean_2, scale_2 = _norm(o, [width], norm_2, shift_2, eps)
         norms = (a, mean_1, scale_1, norm_1, shift_1, o, mean_2, scale_2, norm_2, shift_2)
         ctx.save_for_backward(x, qkv, p, context, y, h, u, w_qkv, wo, wi, wd, *norms)
-        ctx.sizes = batch, heads, scale
+        ctx.sizes = batch, heads, _scale(width, heads)
         return z.view(batch, length, width)
 
     @staticmethod
@@ -102,9 +105,56 @@ class Layer(torch.autograd.Function):
         )  # fmt: skip
 
 
+class Packed:
+    """All layers for passes without gradient, with the weights as they are now."""
+
+    def __init__(self, body: Any):
+        self.body, self.heads = body, body.config.num_attention_heads
+        with torch.no_grad():
+            self.layers = [self._layer(layer) for layer in body.encoder.layer]
+
+    def _layer(self, layer: Any) -> tuple[Any, ...]:
+        converted = _converted(_weights(layer), self.heads)
+        # Laid out as oneDNN's kernels read them, which is otherwise done for each product anew.
+        laid_out = (_mkldnn._reorder_linear_weight(each) if each.dim() == 2 else each for each in converted)
+        return (*laid_out, layer.output.LayerNorm.eps)
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As the function of this name."""
+        states, shut = _first(self.body, ids, mask)
+        x, shape = states.view(-1, states.shape[-1]), states.shape[-1:]
+        for w_qkv, b_qkv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2, eps in self.layers:
+            context = _attend(_product(x, w_qkv, b_qkv, "none", [], ""), shut, self.heads)[2]
+            y = _norm(_product.binary(context, x, wo, bo, "add"), shape, norm_1, shift_1, eps)[0]
+            u = _product(y, wi, bi, "gelu", [], "none")
+            x = _norm(_product.binary(u, y, wd, bd, "add"), shape, norm_2, shift_2, eps)[0]
+        return x.view_as(states)
+
+
+def _converted(weights: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
+    """A layer's parameters as its products take them: bfloat16, queries' scaled and joined with keys' and values'; norms' as they are."""
+    wq, bq, wk, bk, wv, bv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2 = weights
+    scale = _scale(len(wq), heads)
+    w_qkv, b_qkv = torch.cat([wq * scale, wk, wv]).to(BF16), torch.cat([bq * scale, bk, bv]).to(BF16)
+    wo, bo, wi, bi, wd, bd = (weight.to(BF16) for weight in (wo, bo, wi, bi, wd, bd))
+    return w_qkv, b_qkv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2
+
+
+def _scale(width: int, heads: int) -> float:
+    return float((width // heads) ** -0.5)
+
+
+def _attend(projected: Tensor, shut: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch * length, 3 * width) to heads' queries, keys and values, attention's weights, and the context (batch * length, width)."""
+    batch = len(shut) // heads
+    q, k, v = qkv = _split_heads(projected, batch, heads, 3)
+    p = torch.softmax(torch.baddbmm(shut, q, k.mT), -1, dtype=_softmax_type(shut.shape[-1])).to(BF16)
+    return qkv, p, _join_heads(torch.bmm(p, v)[None], batch)
+
+
 def _softmax_type(length: int) -> torch.dtype:
-    """What a softmax over so many logits computes in: on rows shorter than a vector register, torch's bfloat16 kernel is slow."""
-    return torch.float32 if length < 32 else BF16
+    """What a softmax over so many logits computes in: torch's bfloat16 kernel is slow on rows that do not fill its vector registers."""
+    return torch.float32 if length % 32 else BF16
 
 
 def _split_heads(joined: Tensor, batch: int, heads: int, parts: int) -> Tensor:
