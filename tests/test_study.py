@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
-from xdist import files, metrics, pipeline, recipes, selection, study, study_report, tasks, track
+from xdist import files, fits, metrics, pipeline, recipes, selection, study, study_report, tasks, track
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -101,6 +101,35 @@ def in_mlflow(recipe: Recipe, folder: str, rows: list[dict[str, str]]) -> None:
     assert sorted(found) == [0, 4, 8, 16, 30, 40]
 
 
+def test_full_fine_tuning_on_the_same_samples(finished: Recipe, tmp_path: Path, ray_cluster: None) -> None:
+    """At a learning rate of next to nothing it is the head on the frozen vectors; at a real one it is not, and what the dev set
+    prefers counts. A unit that is lost is fitted again, to the same numbers."""
+    tuning = {"methods": ["student"], "sizes": [30], "seeds": 2, "lr": [1e-12, 2e-3], "epochs": 10}
+    path = as_file(tmp_path, methods=["student", "tfidf"], c=[0.5, 10, 20], finetune=tuning)
+    pipeline.tune(finished, path)
+    folder = Path(f"{finished.folder}-few")
+    for lang in ("es", "de"):
+        heads = files.read_json(f"{folder}/units/topic-{lang}-student.json")
+        tuned = files.read_json(f"{folder}/units/topic-{lang}-student-tuned-30.json")
+        assert [(row["size"], row["seed"], row["lr"]) for row in tuned] == [(30, seed, lr) for seed in (0, 1) for lr in (1e-12, 2e-3)]
+        for row in tuned[::2]:
+            (head,) = [each for each in heads if (each["size"], each["seed"], each["c"]) == (30, row["seed"], 10)]
+            for measure in ("accuracy", "macro_f1", "dev"):
+                assert row[measure] == pytest.approx(head[measure], abs=0.026)  # 1 of 40
+        dev = [np.mean([row["dev"] for row in tuned[place::2]]) for place in (0, 1)]
+        assert [row["chosen"] for row in tuned] == [dev[0] >= dev[1], dev[1] > dev[0]] * 2
+        assert [row["accuracy"] for row in tuned[1::2]] != [row["accuracy"] for row in tuned[::2]]
+    assert "distilled student, fine-tuned" in (folder / "report.html").read_text()
+    child = files.read_json(f"{folder}/children/topic-es-student-tuned.json")["run_id"]
+    metrics_there = mlflow.MlflowClient(track.uri_of(finished)).get_run(child).data.metrics
+    assert metrics_there["study/lr"] in tuning["lr"]  # type: ignore[operator]
+
+    results = (folder / "results.csv").read_text()
+    (folder / "units" / "topic-de-student-tuned-30.json").unlink()
+    pipeline.tune(finished, path)
+    assert (folder / "results.csv").read_text() == results
+
+
 def test_a_study_goes_on_where_it_was_and_refuses_another_student(finished: Recipe, tmp_path: Path, ray_cluster: None) -> None:
     path = as_file(tmp_path, methods=["student", "tfidf"])
     pipeline.tune(finished, path)
@@ -136,6 +165,11 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_student(finished: Reci
         ({"checkpoints": {"student": "x"}}, "'student' is taken"),
         ({"checkpoints": {"a/b": "x"}}, "no plain word"),
         ({"seedz": 1}, "unknown key; did you mean seeds"),
+        ({"finetune": {"methods": ["tfidf"]}}, "finetune.methods: 'tfidf' is no encoder of this study"),
+        ({"finetune": {"methods": ["studnet"]}}, "'studnet' is no encoder of this study; did you mean student"),
+        ({"finetune": {"lr": [1e-4, 1e-4]}}, "finetune.lr: a value is listed twice"),
+        ({"finetune": {"epochz": 1}}, "finetune.epochz: unknown key; did you mean finetune.epochs"),
+        ({"checkpoints": {"a-tuned": "x"}}, "'a-tuned' is taken"),
     ],
 )
 def test_impossible_studies_are_refused(make_recipe: MakeRecipe, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -168,7 +202,7 @@ def test_a_study_needs_a_finished_run(make_recipe: MakeRecipe, tmp_path: Path) -
         pipeline.tune(make_recipe(), as_file(tmp_path))
 
 
-def fits(method: str, sizes: dict[int, list[float]], **keys: Any) -> list[dict[str, Any]]:
+def some(method: str, sizes: dict[int, list[float]], **keys: Any) -> list[dict[str, Any]]:
     unit = {"task": "t", "language": "es", "method": method, "c": 1.0, "chosen": True} | keys
     return [unit | {"size": size, "seed": seed, "accuracy": value} for size, values in sizes.items() for seed, value in enumerate(values)]
 
@@ -177,10 +211,10 @@ def test_summary_of_known_curves() -> None:
     """`before` follows 0.2 + 0.05 · log2(n) exactly; the student's zero-shot 0.45 lies at n = 32 on it."""
     curve = {n: [0.2 + 0.05 * math.log2(n)] * 3 for n in (4, 8, 16)} | {64: [0.5]}  # all rows: one sample, which every seed has
     rows = [
-        *fits("teacher", {0: [0.5]}, language="en"),
-        *fits("student", {0: [0.45], 4: [0.5, 0.6], 8: [0.6, 0.7], 16: [0.7, 0.8]}),  # two seeds: no curve
-        *fits("before", {0: [0.3], **curve}),
-        *fits("before", {4: [0.9]}, c=9.0, chosen=False),  # a value of C that was not chosen does not count
+        *some("teacher", {0: [0.5]}, language="en"),
+        *some("student", {0: [0.45], 4: [0.5, 0.6], 8: [0.6, 0.7], 16: [0.7, 0.8]}),  # two seeds: no curve
+        *some("before", {0: [0.3], **curve}),
+        *some("before", {4: [0.9]}, c=9.0, chosen=False),  # a value of C that was not chosen does not count
     ]
     student, before = study.summary(Recipe(), rows)
     assert before["goals"] == {"teacher_on_source": 0.5, "student_zero_shot": 0.45}
@@ -204,5 +238,5 @@ def test_summary_of_known_curves() -> None:
 
 def test_the_best_c_on_the_dev_set_is_chosen_by_its_mean() -> None:
     rows: list[dict[str, Any]] = [{"c": c, "dev": dev} for c, dev in ((1, 0.9), (1, 0.1), (10, 0.6), (10, 0.6), (100, 0.2), (100, 0.3))]
-    assert [row["c"] for row in study._chosen(rows, [1, 10, 100]) if row["chosen"]] == [10, 10]
-    assert [row["c"] for row in study._chosen([{"c": c} for c in (100, 1, 10)], [100, 1, 10]) if row["chosen"]] == [10]
+    assert [row["c"] for row in fits.chosen(rows, "c", [1, 10, 100]) if row["chosen"]] == [10, 10]
+    assert [row["c"] for row in fits.chosen([{"c": c} for c in (100, 1, 10)], "c", [100, 1, 10]) if row["chosen"]] == [10]

@@ -8,7 +8,7 @@ import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from xdist import cluster, files, metrics, tasks
 from xdist.config import Recipe, Task
 from xdist.metrics import Score
 from xdist.progress import Progress, say
+
+if TYPE_CHECKING:
+    from xdist.encoder import Encoder
 
 MODELS = ("teacher", "before", "after")
 BASELINE = "tfidf"  # of characters: what few-shot heads on an encoder's vectors have to beat
@@ -91,25 +94,30 @@ class ModelEncoder:
 
     def __call__(self, item: Row, board: cluster.RemoteBoard) -> Row:
         """Write one model's vectors."""
-        from xdist import encoder, finetune
-
-        recipe, model = self.recipe, item["model"]
-        with tempfile.TemporaryDirectory() as scratch:
-            prompt, longest = "", recipe.student.max_length
-            if model in ("before", "after"):
-                folder = files.download(f"{recipe.folder}/{'initial' if model == 'before' else 'student'}", scratch)
-            elif model == "teacher":
-                folder, prompt, longest = finetune.teacher_folder(recipe), recipe.teacher.prompt, recipe.teacher.max_length
-            elif "folder" in item:
-                folder = files.local(item["folder"])
-            else:
-                folder = encoder.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
-            found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
-            vectors = found.encode(self.texts, None, lambda done: board.count(model, done), longest)
+        found, longest = load(self.recipe, item)
+        vectors = found.encode(self.texts, None, lambda done: board.count(item["model"], done), longest)
         buffer = io.BytesIO()
         np.save(buffer, vectors)
-        files.write(f"{self.folder}/{model}.npy", buffer.getvalue())
-        return {"model": model}
+        files.write(f"{self.folder}/{item['model']}.npy", buffer.getvalue())
+        return {"model": item["model"]}
+
+
+def load(recipe: Recipe, item: Row) -> "tuple[Encoder, int]":
+    """One of the models of `encode`, and its longest input in tokens."""
+    from xdist import encoder, finetune
+
+    model, prompt, longest = item["model"], "", recipe.student.max_length
+    with tempfile.TemporaryDirectory() as scratch:
+        if model in ("before", "after"):
+            folder = files.download(f"{recipe.folder}/{'initial' if model == 'before' else 'student'}", scratch)
+        elif model == "teacher":
+            folder, prompt, longest = finetune.teacher_folder(recipe), recipe.teacher.prompt, recipe.teacher.max_length
+        elif "folder" in item:
+            folder = files.local(item["folder"])
+        else:
+            folder = encoder.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
+        found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
+    return found, longest
 
 
 def read_vectors(folder: str, model: str) -> np.ndarray:

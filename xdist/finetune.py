@@ -8,6 +8,7 @@ stage anew and, on a CPU, ends in the same teacher.
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from xdist import batching, encoder, files, metrics, tasks
-from xdist.config import Recipe
+from xdist.config import Finetune, Recipe
 from xdist.encoder import Encoder
 from xdist.progress import Progress
 
@@ -48,44 +49,53 @@ def finetune(recipe: Recipe) -> None:
         return
     settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
     teacher = encoder.load(encoder.located(recipe.teacher), *settings)
-    rows = _rows(recipe)
-    learn(teacher, rows["text"], rows["label"], recipe)
+    rows, longest = _rows(recipe), recipe.teacher.max_length
+    start = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=longest), rows["label"])
+    with Progress("finetune", "sentences", len(rows["text"]) * recipe.finetune.epochs) as progress:
+        learn(teacher, rows["text"], rows["label"], start, recipe.finetune, recipe.run.seed, recipe.train.clip, longest, progress.update)
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.path.join(scratch, "teacher")
         teacher.model.save(folder, create_model_card=False)
         files.upload(folder, place(recipe), last="modules.json")
 
 
-def learn(teacher: Encoder, texts: list[str], labels: list[str], recipe: Recipe) -> None:
-    """Fine-tune in place. The head starts as the logistic regression on the vectors as they are, so that the first steps do not
-    throw away what the teacher knows (linear probing, then fine-tuning: 2202.10054)."""
-    settings, longest = recipe.finetune, recipe.teacher.max_length
-    start = metrics.fit_chosen_head(teacher.encode(texts, max_length=longest), labels)
-    truth = torch.tensor([start.classes.index(label) for label in labels], device=teacher.device)
-    weights, bias = (torch.tensor(part, device=teacher.device, requires_grad=True) for part in (start.weights, start.bias))
-    ids = [np.asarray(row) for row in teacher.tokenize(texts, longest)]
-    body = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+def learn(
+    found: Encoder,
+    texts: list[str],
+    labels: list[str],
+    start: metrics.Head,
+    settings: Finetune,
+    seed: int,
+    clip: float,
+    longest: int,
+    seen: Callable[[int], None] = lambda _: None,
+) -> metrics.Head:
+    """Fine-tune an encoder in place; gives its head. `start` is a logistic regression on the vectors as they are, so that the first
+    steps do not throw away what the encoder knows (linear probing, then fine-tuning: 2202.10054). `seen` hears of how many texts."""
+    truth = torch.tensor([start.classes.index(label) for label in labels], device=found.device)
+    weights, bias = (torch.tensor(part, device=found.device, requires_grad=True) for part in (start.weights, start.bias))
+    ids = [np.asarray(row) for row in found.tokenize(texts, longest)]
+    body = [parameter for parameter in found.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": body}, {"params": [weights, bias], "lr": settings.lr * HEAD_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    steps = _batches(len(ids), settings.batch_size, settings.epochs, recipe.run.seed)
+    steps = _batches(len(ids), settings.batch_size, settings.epochs, seed)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
-    torch.manual_seed(recipe.run.seed)
-    teacher.train()
-    with Progress("finetune", "sentences", sum(map(len, steps))) as progress:
-        seen = 0
-        for picked in steps:
-            padded = batching.padded([ids[row] for row in picked], teacher.model.tokenizer.pad_token_id or 0)
-            vectors = teacher(*(torch.from_numpy(array).to(teacher.device) for array in padded))
-            wanted = truth[torch.from_numpy(picked).to(teacher.device)]
-            loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(body, recipe.train.clip)
-            optimizer.step()
-            decay.step()
-            seen += len(picked)
-            progress.update(seen)
-    teacher.eval()
+    torch.manual_seed(seed)
+    found.train()
+    done = 0
+    for picked in steps:
+        padded = batching.padded([ids[row] for row in picked], found.model.tokenizer.pad_token_id or 0)
+        vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))[: len(picked)]
+        wanted = truth[torch.from_numpy(picked).to(found.device)]
+        loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(body, clip)
+        optimizer.step()
+        decay.step()
+        seen(done := done + len(picked))
+    found.eval()
+    return metrics.Head(weights.detach().cpu().numpy(), bias.detach().cpu().numpy(), start.classes)
 
 
 def _batches(count: int, size: int, epochs: int, seed: int) -> list[np.ndarray]:

@@ -136,13 +136,13 @@ def _line(line: dict[str, Any], total: int) -> str:
 
 def _worker(config: dict[str, Any]) -> str | None:
     """What each training worker runs. A lone worker hands back what the user can mend, instead of failing and being
-    started again; among several, the failure must reach the others."""
+    started again; among several, the failure must reach the others, unless all see the same: that the student collapsed."""
     import ray.train
 
     try:
         _train_here(config)
     except Refused as error:
-        if ray.train.get_context().get_world_size() > 1:
+        if ray.train.get_context().get_world_size() > 1 and not isinstance(error, Collapsed):
             raise
         return json.dumps([type(error).__name__, str(error)])
     return None
@@ -185,7 +185,18 @@ def _train_here(config: dict[str, Any]) -> None:
         return fresh
 
     resumed = ray.train.get_checkpoint()
-    fit(recipe, report, meter, resumed.as_directory() if resumed else None, Place(rank, world, _parallel, warned))
+    fit(recipe, report, meter, resumed.as_directory() if resumed else None, Place(rank, world, _parallel, _summed, warned))
+
+
+def _summed(numbers: list[float]) -> list[float]:
+    import ray.train.torch
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return numbers
+    together = torch.tensor(numbers, dtype=torch.float32, device=ray.train.torch.get_device())
+    torch.distributed.all_reduce(together)
+    return together.tolist()
 
 
 def _parallel(student: Any) -> Any:

@@ -169,7 +169,7 @@ def tune(recipe: Recipe, space: str) -> None:
 
 
 def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
-    from xdist import study, study_report, track
+    from xdist import fits, study, study_report, track
 
     started = time.monotonic()
     wanted = study.load(path, settings, recipe)
@@ -180,7 +180,7 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     students = {name: f"{recipe.run.storage}/{name}/student/model.safetensors" for name in (recipe.run.name, *wanted.task_runs.values())}
     _settle_space(named, wanted.model_dump(mode="json") | {"students": {name: files.digest(uri) for name, uri in students.items()}})
     with _at_work(named), track.run(named, "study") as run_id:
-        rows = study.run(recipe, wanted, named.folder)
+        rows = fits.run(recipe, wanted, named.folder)
         found = study_report.write(recipe, wanted, named.folder, rows)
         for unit in study.units(recipe, wanted):
             name = "-".join(unit.values())

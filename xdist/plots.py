@@ -315,26 +315,25 @@ def _trials(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
 
 def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figure | None:
     """Score against labelled sentences for each task and language: a line a method, with its band; what needs no labels lies across."""
-    from xdist.study import METHODS
-    from xdist.study_report import LABELS as NAMES
+    from xdist.study import METHODS, TUNED
+    from xdist.study_report import label
 
     panels = list(dict.fromkeys((entry["task"], entry["language"]) for entry in entries))
     figure, axes = _grid(len(panels), 2.9)
     more = iter(PALETTE[1:] * 3)
-    colours = {
-        method: COLOURS[METHODS[method]] if method in METHODS else next(more) for method in dict.fromkeys(e["method"] for e in entries)
-    }
+    methods = dict.fromkeys(entry["method"].removesuffix(TUNED) for entry in entries)
+    colours = {method: COLOURS[METHODS[method]] if method in METHODS else next(more) for method in methods}
     for axis, (task, lang) in zip(axes, panels, strict=True):
         here = [entry for entry in entries if (entry["task"], entry["language"]) == (task, lang)]
         for entry in here:
-            colour, points = colours[entry["method"]], entry["points"]
+            colour, points = colours[entry["method"].removesuffix(TUNED)], entry["points"]
             axis.plot(
                 [p["size"] for p in points],
                 [100 * p["mean"] for p in points],
-                "o-",
+                "s--" if entry["method"].endswith(TUNED) else "o-",
                 color=colour,
                 ms=3.5,
-                label=NAMES.get(entry["method"], entry["method"]),
+                label=label(entry["method"]),
             )
             axis.fill_between(
                 [p["size"] for p in points],

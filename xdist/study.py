@@ -1,14 +1,12 @@
 """The low-resource study: how well does each encoder do with n labelled sentences of the language, and what does distillation save?
 
-For each task and language, heads are fitted on frozen vectors of nested, class-stratified samples, several seeds each, many fits to
-a process. Reads a finished run (its students, its tasks) and writes, in <storage>/<run>-<study>/,
-
-    vectors/<model>.npy texts.json          every text of every task, encoded once
-    heads/<task>.npz                        the head that is fitted on the teacher's vectors of the source language
-    units/<task>-<language>-<method>.json   the fits of one unit of work; its existence is the marker that resume goes by
+What is compared, on which samples, and what the fits say; `fits` does them. For each task and language, heads are fitted on frozen
+vectors of nested, class-stratified samples, several seeds each; where asked, encoders are also fine-tuned with their heads on the
+same samples.
 
 `teacher` is the English teacher fed the language itself, `before` the student before distillation, `tfidf` a classifier on character
-n-grams without any encoder, `task` the student of a teacher that was fine-tuned on the task in English.
+n-grams without any encoder, `task` the student of a teacher that was fine-tuned on the task in English, `<method>-tuned` an encoder
+fine-tuned on the samples.
 """
 
 from pathlib import Path
@@ -18,16 +16,36 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from xdist import cluster, curve, evaluate, files, metrics, recipes, selection, tasks
+from xdist import curve, files, metrics, recipes, tasks
 from xdist.config import Recipe, Section, Task, closest
 from xdist.errors import Refused
 from xdist.evaluate import BASELINE
-from xdist.progress import Progress, say
 
 Row = dict[str, Any]
 METHODS = {"student": "after", "before": "before", "teacher": "teacher", BASELINE: BASELINE}  # name here → model of an evaluation
 TASK = "task"
+TUNED = "-tuned"  # after a method's name: its encoder is fine-tuned too
 WHOLE = "all"
+
+Sizes = list[Annotated[int, Field(ge=1)] | Literal["all"]]
+
+
+class Tuning(Section):
+    """Full fine-tuning: a method's encoder and head are trained together on each sample, at several learning rates."""
+
+    methods: list[str] = Field(default=["student", "before"], min_length=1)
+    """student, before, teacher, or one of `checkpoints`."""
+    sizes: Sizes | None = Field(default=None, min_length=1)
+    """As `sizes` of the study, whose they are when not given. Each fit is a training, so that fewer may do."""
+    seeds: int | None = Field(default=None, ge=1)
+    """Samples of each size; the study's `seeds` when not given. They are the first of the same samples."""
+    lr: list[Annotated[float, Field(gt=0)]] = Field(default=[2e-5, 5e-5, 1e-4], min_length=1)
+    """Peak learning rates of the encoder's layers: the best on the dev set, over all seeds of a size, counts. A task without a dev
+    set takes the middle one."""
+    epochs: int = Field(default=10, ge=1)
+    """Passes over a sample."""
+    batch_size: int = Field(default=16, ge=2)
+    """Sentences of one step."""
 
 
 class Study(Section):
@@ -39,7 +57,7 @@ class Study(Section):
     """Classification tasks of the recipe; all of them when not given."""
     languages: list[str] | None = None
     """Target languages; data.languages when not given."""
-    sizes: list[Annotated[int, Field(ge=1)] | Literal["all"]] = Field(default=[8, 16, 32, 64, 128, 256, 512, "all"], min_length=1)
+    sizes: Sizes = Field(default=[8, 16, 32, 64, 128, 256, 512, "all"], min_length=1)
     """Labelled sentences in the target language; a sample contains the smaller ones. Larger ones than a task has are left out."""
     seeds: int = Field(default=5, ge=1)
     """Samples of each size."""
@@ -53,22 +71,43 @@ class Study(Section):
     c: list[Annotated[float, Field(gt=0)]] = Field(default=[1, 10, 100], min_length=1)
     """Values of the head's inverse regularisation strength (scikit-learn's C): the best on the dev set, over all seeds of a size,
     counts. A task without a dev set takes the middle one."""
+    finetune: Tuning | None = None
+    """Full fine-tuning beside the heads; none when not given."""
 
     @model_validator(mode="after")
     def _cross_check(self) -> "Study":
         for name in self.checkpoints:
-            if name in (*METHODS, TASK) or not name.replace("-", "").replace("_", "").isalnum():
+            if name in (*METHODS, TASK) or name.endswith(TUNED) or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"checkpoints: {name!r} is taken or no plain word; choose another name")
-        if len(set(self.c)) < len(self.c):
-            raise ValueError("c: a value is listed twice")
+        for key, values in (("c", self.c), ("finetune.lr", self.finetune.lr if self.finetune else [])):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: a value is listed twice")
+        encoders = [*(name for name in METHODS if name != BASELINE), *self.checkpoints]
+        for name in self.finetune.methods if self.finetune else []:
+            if name not in encoders:
+                raise ValueError(f"finetune.methods: {name!r} is no encoder of this study; {closest(name, encoders)}")
         if not self.methods and not self.checkpoints:
             raise ValueError("methods: there is nothing to compare")
         return self
 
     @property
     def compared(self) -> list[str]:
-        """All methods, further checkpoints last."""
-        return [*dict.fromkeys(self.methods), *([TASK] if self.task_runs else []), *self.checkpoints]
+        """All methods: those of heads, then those that are fine-tuned."""
+        tuned = dict.fromkeys(self.finetune.methods) if self.finetune else []
+        heads = [*dict.fromkeys(self.methods), *([TASK] if self.task_runs else []), *self.checkpoints]
+        return heads + [name + TUNED for name in tuned]
+
+    def sizes_of(self, method: str) -> Sizes:
+        """The sizes of a method's samples."""
+        return (self.finetune.sizes if self.finetune and method.endswith(TUNED) else None) or self.sizes
+
+    def seeds_of(self, method: str) -> int:
+        """How many samples of each size a method has."""
+        return (self.finetune.seeds if self.finetune and method.endswith(TUNED) else None) or self.seeds
+
+    def settings_of(self, method: str) -> tuple[str, list[float]]:
+        """What is searched for each size of a method, and its values."""
+        return ("lr", self.finetune.lr) if self.finetune and method.endswith(TUNED) else ("c", self.c)
 
 
 def load(path: str, settings: dict[str, Any], recipe: Recipe) -> Study:
@@ -81,7 +120,8 @@ def load(path: str, settings: dict[str, Any], recipe: Recipe) -> Study:
     try:
         study = Study(**({"name": settings.get("name", Path(path).stem)} | (settings["study"] or {})))
     except ValidationError as error:
-        raise Refused("\n".join(recipes.explained(error, path, list(Study.model_fields)))) from None
+        known = [*Study.model_fields, *(f"finetune.{key}" for key in Tuning.model_fields)]
+        raise Refused("\n".join(recipes.explained(error, path, known))) from None
     known = [task.name for task in recipe.evaluate.tasks if task.kind == "classification"]
     for name in study.tasks or []:
         if name not in known:
@@ -116,154 +156,32 @@ def units(recipe: Recipe, study: Study) -> list[Row]:
     ]
 
 
-def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
-    """What is left of a study; gives every fit: {task, language, method, size, seed, c, accuracy, macro_f1, dev, chosen}. Size 0 is
-    zero-shot: the head fitted on the teacher's vectors of the source language, which is also shown on that language itself.
-    Needs a connected Ray and a finished run."""
-    wanted = units(recipe, study)
-    for task, lang in dict.fromkeys((unit["task"], unit["language"]) for unit in wanted):
-        found = [size for size, _ in _sizes(recipe, study, {"task": task, "language": lang})]
-        if not found:
-            raise Refused(f"study {study.name}: {task} has fewer rows in {lang} than the smallest of `sizes`; add a smaller one, or all")
-        left_out = [size for size in study.sizes if size != WHOLE and int(size) not in found]
-        if left_out:
-            say(f"study     {task}, {lang}: no samples of {', '.join(map(str, left_out))}, since there are fewer rows")
-    models = dict.fromkeys(["teacher", *(METHODS.get(name, name) for name in study.compared if name not in (BASELINE, TASK))])
-    items = [{"model": model, "checkpoint": study.checkpoints.get(model, "")} for model in models]
-    students = {name: f"{recipe.run.storage}/{run_name}/student" for name, run_name in study.task_runs.items()}
-    items += [
-        {"model": f"{TASK}-{name}", "folder": student} for name, student in students.items() if any(unit["task"] == name for unit in wanted)
-    ]
-    evaluate.encode(recipe, _texts(recipe, wanted), items, f"{folder}/vectors")
-    arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "study": study.model_dump(mode="json"), "folder": folder}
-    heads = [
-        {"task": name, "language": recipe.data.source_language, "method": "teacher"} for name in dict.fromkeys(u["task"] for u in wanted)
-    ]
-    for stage, todo, counted in (("zero-shot", heads, "tasks"), ("fit", wanted, "heads")):
-        waiting = [unit for unit in todo if not files.exists(_uri(folder, unit))]
-        if waiting:
-            with Progress(stage, counted, sum(_fits(recipe, study, unit) for unit in waiting)) as progress:
-                for _ in cluster.stream(waiting, Fitter, progress, actors=cluster.cores(), cpus=1, **arguments):
-                    pass
-    return [row for unit in [*heads, *wanted] for row in files.read_json(_uri(folder, unit))]
+def uri(folder: str, unit: Row) -> str:
+    """Where a unit's fits are written."""
+    return f"{folder}/units/{'-'.join(str(unit[key]) for key in ('task', 'language', 'method', 'size') if key in unit)}.json"
 
 
-def _fits(recipe: Recipe, study: Study, unit: Row) -> int:
-    """How many heads a unit's work is."""
-    if unit["language"] == recipe.data.source_language:
-        return 1
-    return sum(_samples(study, size, whole) for size, whole in _sizes(recipe, study, unit)) * len(study.c)
-
-
-def _samples(study: Study, size: int, whole: bool) -> int:
-    return 1 if whole else study.seeds
-
-
-def _uri(folder: str, unit: Row) -> str:
-    return f"{folder}/units/{unit['task']}-{unit['language']}-{unit['method']}.json"
-
-
-def _task(recipe: Recipe, name: str) -> Task:
+def task_of(recipe: Recipe, name: str) -> Task:
+    """A task of the recipe by its name."""
     return next(task for task in recipe.evaluate.tasks if task.name == name)
 
 
-def _texts(recipe: Recipe, wanted: list[Row]) -> list[str]:
-    """All texts that are encoded, each once."""
-    found: dict[str, None] = {}
-    source = recipe.data.source_language
-    for name, lang in dict.fromkeys((unit["task"], unit["language"]) for unit in wanted):
-        task = _task(recipe, name)
-        dev = [("dev", lang)] if task.dev else []
-        for split, spoken in (("train", source), ("test", source), ("train", lang), *dev, ("test", lang)):
-            found.update(dict.fromkeys(tasks.read(recipe, task, split, spoken)["text"]))
-    return list(found)
-
-
-def _sizes(recipe: Recipe, study: Study, unit: Row) -> list[tuple[int, bool]]:
+def sizes(recipe: Recipe, study: Study, unit: Row) -> list[tuple[int, bool]]:
     """(rows, whether these are all) of the samples that a unit's training rows suffice for."""
-    count = len(tasks.read(recipe, _task(recipe, unit["task"]), "train", unit["language"])["text"])
-    found = {count if size == WHOLE else int(size) for size in study.sizes if size == WHOLE or int(size) <= count}
+    count = len(tasks.read(recipe, task_of(recipe, unit["task"]), "train", unit["language"])["text"])
+    found = {count if size == WHOLE else int(size) for size in study.sizes_of(unit["method"]) if size == WHOLE or int(size) <= count}
     return [(size, size == count) for size in sorted(found)]
 
 
-class Fitter:
-    """Fits all heads of a unit; an actor, so that vectors are read once."""
-
-    def __init__(self, settings: dict[str, Any], study: dict[str, Any], folder: str):
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(1)  # units share the cores
-        self.recipe, self.study, self.folder = Recipe(**settings), Study(**study), folder
-        self.place = {text: row for row, text in enumerate(files.read_json(f"{folder}/vectors/texts.json"))}
-        self.vectors: dict[str, np.ndarray] = {}
-
-    def __call__(self, unit: Row, board: cluster.RemoteBoard) -> Row:
-        """Write <folder>/units/….json, and for the source language <folder>/heads/<task>.npz."""
-        task = _task(self.recipe, unit["task"])
-        test = tasks.read(self.recipe, task, "test", unit["language"])
-        if unit["language"] == self.recipe.data.source_language:
-            rows = [self._zero_shot_head(unit, task, test)]
-            board.count(str(unit), 1)
-        else:
-            rows = self._few_shot(unit, task, test, board)
-        files.write_json(_uri(self.folder, unit), rows)
-        return unit
-
-    def _zero_shot_head(self, unit: Row, task: Task, test: tasks.Rows) -> Row:
-        train = tasks.read(self.recipe, task, "train", unit["language"])
-        head = metrics.fit_chosen_head(self._stack("teacher", train["text"]), train["label"])
-        selection.write_head(f"{self.folder}/heads/{task.name}.npz", head)
-        return (
-            unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | _measured(head, self._stack("teacher", test["text"]), test["label"])
-        )
-
-    def _few_shot(self, unit: Row, task: Task, test: tasks.Rows, board: cluster.RemoteBoard) -> list[Row]:
-        study, method = self.study, str(unit["method"])
-        train = tasks.read(self.recipe, task, "train", unit["language"])
-        dev = tasks.read(self.recipe, task, "dev", unit["language"]) if task.dev else {"text": [], "label": []}
-        if method == BASELINE:
-            x, held = metrics.character_tfidf(train["text"], test["text"] + dev["text"])
-        else:
-            name = f"{TASK}-{task.name}" if method == TASK else METHODS.get(method) or method
-            x, held = self._stack(name, train["text"]), self._stack(name, test["text"] + dev["text"])
-        y, z = held[: len(test["text"])], held[len(test["text"]) :]
-        rows: list[Row] = []
-        if method not in (BASELINE, *study.checkpoints):  # its vectors lie in the space of a teacher
-            own = f"{self.recipe.run.storage}/{study.task_runs.get(task.name)}/selection"
-            head = selection.read_head(f"{own if method == TASK else self.folder + '/heads'}/{task.name}.npz")
-            rows.append(unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | _measured(head, y, test["label"]))
-        done = 0
-        for size, whole in _sizes(self.recipe, study, unit):
-            here: list[Row] = []
-            for seed in range(_samples(study, size, whole)):
-                picked = metrics.few_shot(train["label"], size, np.random.default_rng([self.recipe.run.seed, seed]))
-                for c in study.c:
-                    head = metrics.fit_head(x[picked], [train["label"][row] for row in picked], c)
-                    found = _measured(head, y, test["label"]) | ({"dev": _measured(head, z, dev["label"])["accuracy"]} if task.dev else {})
-                    here.append(unit | {"size": size, "seed": seed, "c": c} | found)
-                    done += 1
-                    board.count(str(unit), done)
-            rows += _chosen(here, study.c)
-        return rows
-
-    def _stack(self, model: str, texts: list[str]) -> np.ndarray:
-        if model not in self.vectors:
-            self.vectors[model] = evaluate.read_vectors(f"{self.folder}/vectors", model)
-        return self.vectors[model][[self.place[text] for text in texts]]
-
-
-def _measured(head: metrics.Head, vectors: Any, labels: list[str]) -> dict[str, float]:
-    names = list(dict.fromkeys(head.classes + labels))
-    truth, predicted = np.array([names.index(label) for label in labels]), head.predict(vectors)
-    return {"accuracy": float((truth == predicted).mean()), "macro_f1": metrics.macro_f1(truth, predicted, len(names))}
-
-
-def _chosen(rows: list[Row], values: list[float]) -> list[Row]:
-    """One size's fits, each marked whether its C is the chosen one: the best mean on the dev set, else the middle value."""
-    best = sorted(values)[len(values) // 2]
-    if rows and "dev" in rows[0]:
-        best = max(values, key=lambda c: float(np.mean([row["dev"] for row in rows if row["c"] == c])))
-    return [row | {"chosen": row["c"] == best} for row in rows]
+def samples_of(recipe: Recipe, study: Study, unit: Row) -> list[tuple[int, list[np.ndarray]]]:
+    """(rows, row numbers of each sample) of a unit's sizes, or of its one size. All rows are one sample."""
+    labels = tasks.read(recipe, task_of(recipe, unit["task"]), "train", unit["language"])["label"]
+    seeds = range(study.seeds_of(unit["method"]))
+    return [
+        (size, [metrics.few_shot(labels, size, np.random.default_rng([recipe.run.seed, seed])) for seed in (seeds[:1] if whole else seeds)])
+        for size, whole in sizes(recipe, study, unit)
+        if unit.get("size", size) == size
+    ]
 
 
 def summary(recipe: Recipe, rows: list[Row], measure: str = "accuracy") -> list[Row]:
@@ -298,4 +216,5 @@ def _curves(rows: list[Row], measure: str) -> dict[int, list[tuple[float, float]
 
 def _point(rows: list[Row], measure: str) -> Row:
     mean, low, high = curve.mean_interval([row[measure] for row in rows])
-    return {"size": rows[0]["size"], "mean": mean, "low": low, "high": high, "c": rows[0]["c"], "samples": len(rows)}
+    searched = {name: rows[0][name] for name in ("c", "lr") if name in rows[0]}
+    return {"size": rows[0]["size"], "mean": mean, "low": low, "high": high, "samples": len(rows), "searched": searched}

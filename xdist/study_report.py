@@ -7,13 +7,19 @@ from typing import Any
 
 from xdist import files
 from xdist.config import Recipe
-from xdist.study import Row, Study, summary
+from xdist.study import TUNED, Row, Study, summary
 
 LABELS = {
     "student": "distilled student", "before": "student before distillation", "teacher": "teacher, fed the language",
     "tfidf": "character TF-IDF", "task": "student of the fine-tuned teacher",
 }  # fmt: skip
 GOALS = {"student_zero_shot": "the student without any label", "teacher_on_source": "the teacher on {source}"}
+
+
+def label(method: str) -> str:
+    """A method in words."""
+    base = method.removesuffix(TUNED)
+    return LABELS.get(base, base) + (", fine-tuned" if method != base else "")
 
 
 def write(recipe: Recipe, study: Study, folder: str, rows: list[Row]) -> dict[str, list[Row]]:
@@ -41,7 +47,7 @@ def _finite(value: Any) -> Any:
 
 def as_csv(rows: list[Row]) -> str:
     """One line a fit."""
-    columns = ["task", "language", "method", "size", "seed", "c", "chosen", "accuracy", "macro_f1", "dev"]
+    columns = ["task", "language", "method", "size", "seed", "c", "lr", "chosen", "accuracy", "macro_f1", "dev"]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
     writer.writeheader()
@@ -66,7 +72,7 @@ def table(entries: list[Row]) -> str:
             for entry in mine:
                 values = {0: entry["zero_shot"]} | {point["size"]: point["mean"] for point in entry["points"]}
                 cells = [f"{100 * values[size]:6.1f}" if values.get(size) is not None else f"{'':>6}" for size in [0, *columns]]
-                lines.append(f"  {lang:<4} {LABELS.get(entry['method'], entry['method']):<46} " + " ".join(cells))
+                lines.append(f"  {lang:<4} {label(entry['method']):<46} " + " ".join(cells))
             lines += [f"       {text}" for text in saved(mine)]
     return "\n".join([*lines, ""])
 
@@ -102,7 +108,7 @@ def points(found: dict[str, list[Row]], unit: Row) -> list[tuple[str, int, float
         entry = next(entry for entry in entries if all(entry[key] == value for key, value in unit.items()))
         zero = [] if entry["zero_shot"] is None else [(0, entry["zero_shot"])]
         out += [(f"study/{measure}", size, value) for size, value in zero + [(p["size"], p["mean"]) for p in entry["points"]]]
-    return out
+    return out + [(f"study/{name}", p["size"], value) for p in entry["points"] for name, value in p["searched"].items()]
 
 
 def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: dict[str, Any]) -> str:
@@ -110,7 +116,7 @@ def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: di
     from xdist import plots
 
     return plots.page("study.html.jinja", pictures, 
-        recipe=recipe, study=study, found=found, methods=LABELS, sizes=sizes, saved=saved, labels=labels,
+        recipe=recipe, study=study, found=found, label=label, sizes=sizes, saved=saved, labels=labels,
         goals={name: text.format(source=recipe.data.source_language) for name, text in GOALS.items()},
     )  # fmt: skip
 

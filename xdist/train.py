@@ -33,6 +33,8 @@ class Place:
     world: int = 1
     parallel: Callable[[Any], Any] = lambda student: student
     """Wraps the student so that gradients are averaged over all processes."""
+    summed: Callable[[list[float]], list[float]] = lambda numbers: numbers
+    """Sums numbers over all processes."""
     warned: Callable[[], bool] = lambda: False
     """Asked every `train.log_every` steps: whether it is time for a checkpoint, since a machine will be taken away."""
 
@@ -77,7 +79,8 @@ def fit(
             watched = last or position.step % recipe.train.log_every == 0
             measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, place.world, watched, head)
             meter.add(micro_batches)
-            if watched:
+            if watched:  # the same in every process, so that all of them end where one does
+                measured = dict(zip(measured, place.summed(list(measured.values())), strict=True))
                 meter.log(position.step, measured, recipe.train.lr * learning_rate)
                 refuse_collapse(measured, position.step, recipe.train)
             evaluating = last or position.step % recipe.train.evaluate_every == 0
@@ -114,7 +117,7 @@ def step(
     head: Any = None,
 ) -> dict[str, float]:
     """One optimiser step over this rank's micro-batches: move, forward, loss, backward, clip, step. Each of the step's micro-batches
-    counts the same, however many workers share them out."""
+    counts the same, however many workers share them out. Gives this rank's part of the step's mean measures."""
     import torch
 
     from xdist import collapse, loss
@@ -130,10 +133,10 @@ def step(
             (value * world / settings.micro_batches).backward()  # workers' gradients are averaged
         if measure:
             found = {"loss": value.detach(), **terms, **collapse.measure(s.detach(), t)}
-            totals = {name: totals.get(name, 0.0) + float(found[name]) / len(micro_batches) for name in found}
+            totals = {name: totals.get(name, 0.0) + float(found[name]) / settings.micro_batches for name in found}
     norm = optimizer.step(rate)
     if measure:
-        totals["gradient_norm"] = float(norm)
+        totals["gradient_norm"] = float(norm) / world
     return totals
 
 
