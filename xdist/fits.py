@@ -97,25 +97,25 @@ class Fitter:
     def __call__(self, unit: Row, board: cluster.RemoteBoard) -> Row:
         """Write <folder>/units/….json, and for the source language <folder>/heads/<task>.npz."""
         task = task_of(self.recipe, unit["task"])
-        test = tasks.read(self.recipe, task, "test", unit["language"])
         if unit["language"] == self.recipe.data.source_language:
-            rows = [self._zero_shot_head(unit, task, test)]
+            rows = [self._zero_shot_head(unit, task)]
             board.count(str(unit), 1)
         else:
-            rows = self._few_shot(unit, task, test, board)
+            rows = self._few_shot(unit, task, board)
         files.write_json(uri(self.folder, unit), rows)
         return unit
 
-    def _zero_shot_head(self, unit: Row, task: Task, test: tasks.Rows) -> Row:
-        train = tasks.read(self.recipe, task, "train", unit["language"])
+    def _zero_shot_head(self, unit: Row, task: Task) -> Row:
+        train, test = (tasks.read(self.recipe, task, split, unit["language"]) for split in ("train", "test"))
         head = metrics.fit_chosen_head(self._stack("teacher", train["text"]), train["label"])
         selection.write_head(f"{self.folder}/heads/{task.name}.npz", head)
-        return unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | measured(head, self._stack("teacher", test["text"]), test["label"])
+        return (
+            unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | _measured(head, self._stack("teacher", test["text"]), test["label"])
+        )
 
-    def _few_shot(self, unit: Row, task: Task, test: tasks.Rows, board: cluster.RemoteBoard) -> list[Row]:
+    def _few_shot(self, unit: Row, task: Task, board: cluster.RemoteBoard) -> list[Row]:
         study, method = self.study, str(unit["method"])
-        train = tasks.read(self.recipe, task, "train", unit["language"])
-        dev = tasks.read(self.recipe, task, "dev", unit["language"]) if task.dev else {"text": [], "label": []}
+        train, test, dev = _splits(self.recipe, task, unit["language"])
         if method == BASELINE:
             x, held = metrics.character_tfidf(train["text"], test["text"] + dev["text"])
         else:
@@ -126,15 +126,14 @@ class Fitter:
         if method not in (BASELINE, *study.checkpoints):  # its vectors lie in the space of a teacher
             own = f"{self.recipe.run.storage}/{study.task_runs.get(task.name)}/selection"
             head = selection.read_head(f"{own if method == TASK else self.folder + '/heads'}/{task.name}.npz")
-            rows.append(unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | measured(head, y, test["label"]))
+            rows.append(unit | {"size": 0, "seed": 0, "c": 0.0, "chosen": True} | _measured(head, y, test["label"]))
         done = 0
         for size, samples in samples_of(self.recipe, study, unit):
             here: list[Row] = []
             for seed, picked in enumerate(samples):
                 for c in study.c:
                     head = metrics.fit_head(x[picked], [train["label"][row] for row in picked], c)
-                    dev_score = {"dev": measured(head, z, dev["label"])["accuracy"]} if task.dev else {}
-                    here.append(unit | {"size": size, "seed": seed, "c": c} | measured(head, y, test["label"]) | dev_score)
+                    here.append(unit | {"size": size, "seed": seed, "c": c} | _scored(head, y, test, z, dev))
                     done += 1
                     board.count(str(unit), done)
             rows += chosen(here, "c", study.c)
@@ -165,8 +164,7 @@ class Tuner:
         assert tuning
         self._load(unit["method"].removesuffix(TUNED))
         task = task_of(recipe, unit["task"])
-        train, test = (tasks.read(recipe, task, split, unit["language"]) for split in ("train", "test"))
-        dev = tasks.read(recipe, task, "dev", unit["language"]) if task.dev else {"text": [], "label": []}
+        train, test, dev = _splits(recipe, task, unit["language"])
         held = list(dict.fromkeys(test["text"] + dev["text"]))
         place = {text: row for row, text in enumerate(held)}
         rows: list[Row] = []
@@ -180,8 +178,7 @@ class Tuner:
                 head = finetune.learn(self.encoder, texts, labels, start, settings, recipe.run.seed + seed, recipe.train.clip, self.longest)
                 vectors = self.encoder.encode(held, max_length=self.longest)
                 y, z = (vectors[[place[text] for text in part["text"]]] for part in (test, dev))
-                dev_score = {"dev": measured(head, z, dev["label"])["accuracy"]} if task.dev else {}
-                rows.append(unit | {"seed": seed, "lr": lr} | measured(head, y, test["label"]) | dev_score)
+                rows.append(unit | {"seed": seed, "lr": lr} | _scored(head, y, test, z, dev))
                 board.count(str(unit), len(rows))
         files.write_json(uri(self.folder, unit), chosen(rows, "lr", tuning.lr))
         return unit
@@ -195,8 +192,18 @@ class Tuner:
             self.method = method
 
 
-def measured(head: metrics.Head, vectors: Any, labels: list[str]) -> dict[str, float]:
-    """A head's scores."""
+def _splits(recipe: Recipe, task: Task, lang: str) -> tuple[tasks.Rows, tasks.Rows, tasks.Rows]:
+    """A task's training, test and dev rows; of the last there may be none."""
+    train, test = (tasks.read(recipe, task, split, lang) for split in ("train", "test"))
+    return train, test, tasks.read(recipe, task, "dev", lang) if task.dev else {"text": [], "label": []}
+
+
+def _scored(head: metrics.Head, y: Any, test: tasks.Rows, z: Any, dev: tasks.Rows) -> dict[str, float]:
+    """A head's scores on the test set's vectors, and its accuracy on the dev set's."""
+    return _measured(head, y, test["label"]) | ({"dev": _measured(head, z, dev["label"])["accuracy"]} if dev["label"] else {})
+
+
+def _measured(head: metrics.Head, vectors: Any, labels: list[str]) -> dict[str, float]:
     names = list(dict.fromkeys(head.classes + labels))
     truth, predicted = np.array([names.index(label) for label in labels]), head.predict(vectors)
     return {"accuracy": float((truth == predicted).mean()), "macro_f1": metrics.macro_f1(truth, predicted, len(names))}
