@@ -42,6 +42,17 @@ def test_without_a_total_the_share_tells_the_time_left(clock: list[float], capsy
     assert " ".join(capsys.readouterr().out.splitlines()[-1].split()) == "read 150 rows 30% 17/s 21 s left"
 
 
+def test_slow_work_has_a_rate_a_minute(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("finetune", "fits", 4) as shown:
+        shown.update(1)
+        clock[0] += 20
+        shown.update(2)
+    first, second, last = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    assert first == "finetune 1 of 4 fits 25%"
+    assert second == "finetune 2 of 4 fits 50% 3/min 40 s left"
+    assert last == "finetune 2 fits 6/min in 20 s"
+
+
 def test_a_stage_that_fails_claims_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="broken"), Progress("embed", "sentences", 10):
         raise ValueError("broken")

@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def _per_time(rate: float) -> str:
+    """A rate a second, or a minute where it is slow."""
+    return f"{rate:,.0f}/s" if rate >= 1 else f"{60 * rate:,.0f}/min"
+
+
 def next_steps(seconds: float, steps: dict[str, str]) -> str:
     """What stands at the end of a job: how long it took, and what to do with it: purpose → command or place."""
     lines = [f"  {purpose:<23} {command}" for purpose, command in steps.items()]
@@ -59,9 +64,9 @@ class Progress:
         if self.share and not last:
             parts.append(f" {self.share:4.0%}")
         if last:
-            parts.append(f"  {rate:,.0f}/s   in {duration(now - self.started)}")
+            parts.append(f"  {_per_time(rate)}   in {duration(now - self.started)}")
         elif rate:
-            parts.append(f"  {rate:,.0f}/s")
+            parts.append(f"  {_per_time(rate)}")
             if self.share > share:
                 parts.append(f"  {duration((now - began) * (1 - self.share) / (self.share - share))} left")
         end = "\n" if last or not self.terminal else "\r"
