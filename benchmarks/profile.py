@@ -47,7 +47,7 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 
 
 def table(sides: dict[str, dict[str, float]]) -> str:
-    """The kinds by their share of the first side."""
+    """The kinds by their largest share."""
     lines = ["| operation | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
     kinds = [kind for kind in KINDS if any(round(side[kind]) for side in sides.values())]
     for kind in [*sorted(kinds, key=lambda kind: -max(side[kind] for side in sides.values())), REST]:

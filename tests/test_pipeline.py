@@ -224,15 +224,19 @@ def test_two_workers_see_every_batch_once(make_recipe: MakeRecipe, ray_cluster: 
     two of three that were asked for, so that one of them takes two micro-batches and the other takes one."""
     train = {"micro_batches": 3, "steps": 8, "log_every": 2}
     weights, curves = [], []
+    names = ["train/loss", "train/student_cosine", "train/gradient_norm"]
+    rates = ["train/tokens_per_second", "train/steps_per_second"]
     for name, workers in (("one", 1), ("two", [1, 3])):
         recipe = make_recipe(train=train, run={"name": name}, cluster={"workers": workers}, evaluate={"tasks": []})
         pipeline.distill(recipe)
         weights.append(load_file(f"{recipe.folder}/student/model.safetensors"))
         run_id = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
-        curves.append(track.curves(recipe, run_id, names := ["train/loss", "train/student_cosine", "train/gradient_norm"]))
+        curves.append(track.curves(recipe, run_id, [*names, *rates]))
     for name in names:  # what is logged is the whole step's
         assert [step for step, _ in curves[1][name]] == [2, 4, 6, 8]
         assert [value for _, value in curves[1][name]] == pytest.approx([value for _, value in curves[0][name]], rel=2e-3)
+    tokens = [[per / steps for (_, per), (_, steps) in zip(*(each[name] for name in rates), strict=True)] for each in curves]
+    assert tokens[1] == pytest.approx(tokens[0], rel=1e-5)  # of a step, all workers together
     assert "  from step 0 on 2 worker(s)" in capsys.readouterr().out
     for key, value in weights[0].items():
         np.testing.assert_allclose(weights[1][key], value, atol=2e-4, err_msg=key)

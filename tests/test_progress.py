@@ -51,6 +51,10 @@ def test_slow_work_has_a_rate_a_minute(clock: list[float], capsys: pytest.Captur
     assert first == "finetune 1 of 4 fits 25%"
     assert second == "finetune 2 of 4 fits 50% 3/min 40 s left"
     assert last == "finetune 2 fits 6/min in 20 s"
+    with Progress("finetune", "fits") as shown:
+        clock[0] += 1200
+        shown.update(1)
+    assert " ".join(capsys.readouterr().out.splitlines()[-1].split()) == "finetune 1 fits 3/h in 20 min 00 s"
 
 
 def test_a_stage_that_fails_claims_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

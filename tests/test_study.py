@@ -169,7 +169,9 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_student(finished: Reci
         ({"finetune": {"methods": ["studnet"]}}, "'studnet' is no encoder of this study; did you mean student"),
         ({"finetune": {"lr": [1e-4, 1e-4]}}, "finetune.lr: a value is listed twice"),
         ({"finetune": {"epochz": 1}}, "finetune.epochz: unknown key; did you mean finetune.epochs"),
-        ({"checkpoints": {"a-tuned": "x"}}, "'a-tuned' is taken"),
+        ({"checkpoints": {"a-tuned-8": "x"}}, "'a-tuned-8' is taken"),
+        ({"checkpoints": {"after": "x"}}, "'after' is taken"),
+        ({"checkpoints": {"task-topic": "x"}}, "'task-topic' is taken"),
     ],
 )
 def test_impossible_studies_are_refused(make_recipe: MakeRecipe, tmp_path: Path, keys: dict[str, Any], message: str) -> None:

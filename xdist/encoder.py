@@ -185,8 +185,9 @@ def chosen_dtype(precision: str, device: str) -> torch.dtype:
 
 
 def _fast_bf16() -> bool:
-    """Whether the CPU computes in bfloat16."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Whether the CPU computes in bfloat16, and torch has the library that does it."""
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(supported and torch.backends.mkldnn.is_available())
 
 
 def chosen_attention(attention: str, device: str) -> str:

@@ -70,8 +70,9 @@ def learn(
     longest: int,
     seen: Callable[[int], None] = lambda _: None,
 ) -> metrics.Head:
-    """Fine-tune an encoder in place; gives its head. `start` is a logistic regression on the vectors as they are, so that the first
-    steps do not throw away what the encoder knows (linear probing, then fine-tuning: 2202.10054). `seen` hears of how many texts."""
+    """Fine-tune an encoder in place; gives its head, which the contrastive method leaves as it was. `start` is a logistic regression
+    on the vectors as they are, so that the first steps do not throw away what the encoder knows (linear probing, then fine-tuning:
+    2202.10054). `seen` hears of how many texts."""
     truth = torch.tensor([start.classes.index(label) for label in labels], device=found.device)
     weights, bias = (torch.tensor(part, device=found.device, requires_grad=True) for part in (start.weights, start.bias))
     ids = [np.asarray(row) for row in found.tokenize(texts, longest)]
@@ -85,7 +86,7 @@ def learn(
     done = 0
     for picked in steps:
         padded = batching.padded([ids[row] for row in picked], found.model.tokenizer.pad_token_id or 0)
-        vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))[: len(picked)]
+        vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))
         wanted = truth[torch.from_numpy(picked).to(found.device)]
         loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
         optimizer.zero_grad(set_to_none=True)

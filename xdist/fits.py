@@ -28,11 +28,12 @@ def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
     left_out: dict[str, None] = {}
     for unit in wanted:
         found, task, lang = [size for size, _ in sizes(recipe, study, unit)], unit["task"], unit["language"]
+        key = "finetune.sizes" if unit["method"].endswith(TUNED) and study.finetune and study.finetune.sizes else "sizes"
         if not found:
-            raise Refused(f"study {study.name}: {task} has fewer rows in {lang} than the smallest of `sizes`; add a smaller one, or all")
+            raise Refused(f"study {study.name}: {task} has fewer rows in {lang} than the smallest of `{key}`; add a smaller one, or all")
         missing = [str(size) for size in study.sizes_of(unit["method"]) if size != WHOLE and int(size) not in found]
         if missing:
-            left_out[f"study     {task}, {lang}: no samples of {', '.join(missing)}, since there are fewer rows"] = None
+            left_out[f"study     {task}, {lang}: no samples of {', '.join(missing)} ({key}), since there are fewer rows"] = None
     for line in left_out:
         say(line)
     encoded = [name for name in study.compared if name not in (BASELINE, TASK) and not name.endswith(TUNED)]
@@ -54,9 +55,11 @@ def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
     for stage, todo, counted, work, options in (
         ("zero-shot", heads, "tasks", Fitter, {"actors": cluster.cores(), "cpus": 1}),
         ("fit", on_frozen, "heads", Fitter, {"actors": cluster.cores(), "cpus": 1}),
-        ("finetune", tuned, "fits", Tuner, training),
+        ("finetune", sorted(tuned, key=lambda unit: str(unit["method"])), "fits", Tuner, training),  # an encoder is loaded once
     ):
         waiting = [unit for unit in todo if not files.exists(uri(folder, unit))]
+        if waiting and work is Tuner:
+            cluster.await_room(recipe.cluster, 1, cpus, gpus, stage)
         if waiting:
             with Progress(stage, counted, sum(_fits(recipe, study, unit) for unit in waiting)) as progress:
                 for _ in cluster.stream(waiting, work, progress, **options, **arguments):
@@ -68,7 +71,9 @@ def _fits(recipe: Recipe, study: Study, unit: Row) -> int:
     """How many fits a unit's work is."""
     if unit["language"] == recipe.data.source_language:
         return 1
-    return sum(len(samples) for _, samples in samples_of(recipe, study, unit)) * len(study.settings_of(unit["method"])[1])
+    method = unit["method"]
+    samples = [1 if whole else study.seeds_of(method) for size, whole in sizes(recipe, study, unit) if unit.get("size", size) == size]
+    return sum(samples) * len(study.settings_of(method)[1])
 
 
 def _texts(recipe: Recipe, wanted: list[Row]) -> list[str]:
@@ -146,7 +151,7 @@ class Fitter:
 
 
 class Tuner:
-    """Fine-tunes a method's encoder with a head on all samples of one size; an actor, so that encoders are loaded once."""
+    """Fine-tunes a method's encoder with a head on all samples of one size; an actor, so that an encoder is loaded once for many."""
 
     def __init__(self, settings: dict[str, Any], study: dict[str, Any], folder: str, threads: int):
         import torch

@@ -18,8 +18,6 @@ KIN = ("bert", "roberta", "xlm-roberta", "camembert")
 BF16 = torch.bfloat16
 
 _norm, _norm_backward = torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward
-_mkldnn = torch.ops.mkldnn
-_product = _mkldnn._linear_pointwise
 _gelu_backward, _softmax_backward = torch.ops.aten.gelu_backward, torch.ops.aten._softmax_backward_data
 
 
@@ -116,18 +114,19 @@ class Packed:
     def _layer(self, layer: Any) -> tuple[Any, ...]:
         converted = _converted(_weights(layer), self.heads)
         # Laid out as oneDNN's kernels read them, which is otherwise done for each product anew.
-        laid_out = (_mkldnn._reorder_linear_weight(each) if each.dim() == 2 else each for each in converted)
+        laid_out = (torch.ops.mkldnn._reorder_linear_weight(each) if each.dim() == 2 else each for each in converted)
         return (*laid_out, layer.output.LayerNorm.eps)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """As the function of this name."""
+        product = torch.ops.mkldnn._linear_pointwise
         states, shut = _first(self.body, ids, mask)
         x, shape = states.view(-1, states.shape[-1]), states.shape[-1:]
         for w_qkv, b_qkv, wo, bo, norm_1, shift_1, wi, bi, wd, bd, norm_2, shift_2, eps in self.layers:
-            context = _attend(_product(x, w_qkv, b_qkv, "none", [], ""), shut, self.heads)[2]
-            y = _norm(_product.binary(context, x, wo, bo, "add"), shape, norm_1, shift_1, eps)[0]
-            u = _product(y, wi, bi, "gelu", [], "none")
-            x = _norm(_product.binary(u, y, wd, bd, "add"), shape, norm_2, shift_2, eps)[0]
+            context = _attend(product(x, w_qkv, b_qkv, "none", [], ""), shut, self.heads)[2]
+            y = _norm(product.binary(context, x, wo, bo, "add"), shape, norm_1, shift_1, eps)[0]
+            u = product(y, wi, bi, "gelu", [], "none")
+            x = _norm(product.binary(u, y, wd, bd, "add"), shape, norm_2, shift_2, eps)[0]
         return x.view_as(states)
 
 

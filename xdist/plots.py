@@ -316,7 +316,7 @@ def _trials(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
 def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figure | None:
     """Score against labelled sentences for each task and language: a line a method, with its band; what needs no labels lies across."""
     from xdist.study import METHODS, TUNED
-    from xdist.study_report import label
+    from xdist.study_report import in_words
 
     panels = list(dict.fromkeys((entry["task"], entry["language"]) for entry in entries))
     figure, axes = _grid(len(panels), 2.9)
@@ -333,7 +333,7 @@ def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figur
                 "s--" if entry["method"].endswith(TUNED) else "o-",
                 color=colour,
                 ms=3.5,
-                label=label(entry["method"]),
+                label=in_words(entry["method"]),
             )
             axis.fill_between(
                 [p["size"] for p in points],

@@ -16,8 +16,9 @@ def duration(seconds: float) -> str:
 
 
 def _per_time(rate: float) -> str:
-    """A rate a second, or a minute where it is slow."""
-    return f"{rate:,.0f}/s" if rate >= 1 else f"{60 * rate:,.0f}/min"
+    """A rate a second, or a minute or an hour where it is slow."""
+    each, unit = next((each, unit) for each, unit in ((1, "s"), (60, "min"), (3600, "h")) if each * rate >= 1 or unit == "h")
+    return f"{each * rate:,.0f}/{unit}"
 
 
 def next_steps(seconds: float, steps: dict[str, str]) -> str:

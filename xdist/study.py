@@ -38,7 +38,7 @@ class Tuning(Section):
     sizes: Sizes | None = Field(default=None, min_length=1)
     """As `sizes` of the study, whose they are when not given. Each fit is a training, so that fewer may do."""
     seeds: int | None = Field(default=None, ge=1)
-    """Samples of each size; the study's `seeds` when not given. They are the first of the same samples."""
+    """Samples of each size; the study's `seeds` when not given. They are the same samples as the heads', as far as there are some."""
     lr: list[Annotated[float, Field(gt=0)]] = Field(default=[2e-5, 5e-5, 1e-4], min_length=1)
     """Peak learning rates of the encoder's layers: the best on the dev set, over all seeds of a size, counts. A task without a dev
     set takes the middle one."""
@@ -77,7 +77,8 @@ class Study(Section):
     @model_validator(mode="after")
     def _cross_check(self) -> "Study":
         for name in self.checkpoints:
-            if name in (*METHODS, TASK) or name.endswith(TUNED) or not name.replace("-", "").replace("_", "").isalnum():
+            taken = name in (*METHODS, *METHODS.values(), TASK) or name.startswith(f"{TASK}-") or TUNED in name
+            if taken or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"checkpoints: {name!r} is taken or no plain word; choose another name")
         for key, values in (("c", self.c), ("finetune.lr", self.finetune.lr if self.finetune else [])):
             if len(set(values)) < len(values):

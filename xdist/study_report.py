@@ -1,4 +1,4 @@
-"""What a low-resource study found: as text, CSV, pictures and a page. Reads the fits of `study.run` and its summary."""
+"""What a low-resource study found: as text, CSV, pictures and a page. Reads the fits of `fits.run` and its summary."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ LABELS = {
 GOALS = {"student_zero_shot": "the student without any label", "teacher_on_source": "the teacher on {source}"}
 
 
-def label(method: str) -> str:
+def in_words(method: str) -> str:
     """A method in words."""
     base = method.removesuffix(TUNED)
     return LABELS.get(base, base) + (", fine-tuned" if method != base else "")
@@ -72,7 +72,7 @@ def table(entries: list[Row]) -> str:
             for entry in mine:
                 values = {0: entry["zero_shot"]} | {point["size"]: point["mean"] for point in entry["points"]}
                 cells = [f"{100 * values[size]:6.1f}" if values.get(size) is not None else f"{'':>6}" for size in [0, *columns]]
-                lines.append(f"  {lang:<4} {label(entry['method']):<46} " + " ".join(cells))
+                lines.append(f"  {lang:<4} {in_words(entry['method']):<46} " + " ".join(cells))
             lines += [f"       {text}" for text in saved(mine)]
     return "\n".join([*lines, ""])
 
@@ -116,7 +116,7 @@ def html(recipe: Recipe, study: Study, found: dict[str, list[Row]], pictures: di
     from xdist import plots
 
     return plots.page("study.html.jinja", pictures, 
-        recipe=recipe, study=study, found=found, label=label, sizes=sizes, saved=saved, labels=labels,
+        recipe=recipe, study=study, found=found, in_words=in_words, tuned=TUNED, sizes=sizes, saved=saved, labels=labels,
         goals={name: text.format(source=recipe.data.source_language) for name, text in GOALS.items()},
     )  # fmt: skip
 

@@ -80,8 +80,9 @@ def fit(
             measured = step(model, student, optimizer, micro_batches, recipe.train, learning_rate, place.world, watched, head)
             meter.add(micro_batches)
             if watched:  # the same in every process, so that all of them end where one does
-                measured = dict(zip(measured, place.summed(list(measured.values())), strict=True))
-                meter.log(position.step, measured, recipe.train.lr * learning_rate)
+                *values, sequences, tokens = place.summed([*measured.values(), meter.sequences, meter.tokens])
+                measured = dict(zip(measured, values, strict=True))
+                meter.log(position.step, measured, recipe.train.lr * learning_rate, sequences, tokens)
                 refuse_collapse(measured, position.step, recipe.train)
             evaluating = last or position.step % recipe.train.evaluate_every == 0
             if evaluating or position.step % recipe.train.checkpoint_every == 0 or (watched and place.warned()):
@@ -199,12 +200,12 @@ class Meter:
         self.tokens += sum(int(batch.mask[: len(batch.vectors)].sum()) for batch in micro_batches)
         self.steps += 1
 
-    def log(self, step_: int, measured: dict[str, float], learning_rate: float) -> None:
-        """Send the mean rates since the last call and the measures of this step."""
+    def log(self, step_: int, measured: dict[str, float], learning_rate: float, sequences: float, tokens: float) -> None:
+        """Send the measures of this step, and the mean rates since the last call, in which all workers counted so much."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         rates = {
-            "sequences_per_second": self.world * self.sequences / seconds,
-            "tokens_per_second": self.world * self.tokens / seconds,
+            "sequences_per_second": sequences / seconds,
+            "tokens_per_second": tokens / seconds,
             "steps_per_second": self.steps / seconds,
         }
         terms = {name: measured[name] for name in measured if name in LOSSES}
