@@ -355,7 +355,9 @@ def _study(recipe: Recipe, measure: str, entries: list[dict[str, Any]]) -> Figur
         axis.set_title(f"{task}, {lang}")
     for axis in axes[-min(3, len(axes)) :]:
         axis.set_xlabel("labelled sentences")
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(max(low, 0), min(high, 103))  # bands of two samples reach far beyond what a score can be
     axes[0].set_ylabel(f"{'accuracy' if measure == 'accuracy' else 'macro-F1'} × 100")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
     return figure
