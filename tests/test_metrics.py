@@ -69,20 +69,30 @@ def test_macro_f1_is_scikit_learns(seed: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 1024])
-def test_nearest_across_chunk_borders(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_retrieved_across_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(metrics, "BLOCK", block)
-    queries, keys = unit(10, 4, 0), unit(12, 4, 1)
-    wanted = [max(range(12), key=lambda key: float(queries[row] @ keys[key])) for row in range(10)]
-    assert metrics.nearest(queries, keys).tolist() == wanted
+    a = unit(40, 6, 0)
+    b = a + 0.3 * unit(40, 6, 1)  # so that some are found and some are not
+    b[17] = b[5]
+    wanted = [
+        [max(range(40), key=lambda other: float(x[own] @ y[other])) == own for own in range(40)]
+        for x, y in ((a, b), (b, a))
+    ]  # fmt: skip
+    found = metrics.retrieved(a, b)
+    assert [side.tolist() for side in found] == wanted
+    assert 10 < found[0].sum() < 40
+    assert 10 < found[1].sum() < 40
 
 
-def test_nearest_of_nothing() -> None:
-    assert metrics.nearest(np.empty((0, 4), np.float32), unit(3, 4, 0)).shape == (0,)
+def test_retrieved_of_nothing() -> None:
+    assert [side.shape for side in metrics.retrieved(np.empty((0, 4), np.float32), np.empty((0, 4), np.float32))] == [(0,), (0,)]
 
 
 def test_retrieved_by_hand() -> None:
-    keys = np.eye(3, dtype=np.float32)
-    assert metrics.retrieved(keys[[0, 2, 2]], keys).tolist() == [True, False, True]
+    b = np.eye(3, dtype=np.float32)
+    forward, backward = metrics.retrieved(b[[0, 2, 2]], b)
+    assert forward.tolist() == [True, False, True]
+    assert backward.tolist() == [True, False, False]  # of two equally near ones the first counts
 
 
 @pytest.mark.parametrize("block", [1, 4, 1024])
@@ -124,7 +134,7 @@ def test_margin_sees_through_a_hub() -> None:
     queries = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
     angle = np.deg2rad([-42, 135, 40])
     keys = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-    assert metrics.retrieved(queries, keys)[0] == np.False_
+    assert metrics.retrieved(queries, keys)[0][0] == np.False_
     assert metrics.margin_retrieved(queries, keys, neighbours=2)[0] == np.True_
 
 

@@ -149,8 +149,8 @@ def _retrieval(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Found
         a = _stack(texts[source], known)
         for lang in [lang for lang in texts if lang != source]:
             b = _stack(texts[lang], known)
-            yield model, lang, f"accuracy_{source}_to_xx", _mean(recipe, metrics.retrieved(a, b))
-            yield model, lang, f"accuracy_xx_to_{source}", _mean(recipe, metrics.retrieved(b, a))
+            for direction, found in zip((f"{source}_to_xx", f"xx_to_{source}"), metrics.retrieved(a, b), strict=True):
+                yield model, lang, f"accuracy_{direction}", _mean(recipe, found)
             yield model, lang, "xsim_error", _mean(recipe, ~metrics.margin_retrieved(a, b))
 
 

@@ -39,15 +39,20 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int, 
     return Score(float(value), float(low), float(high), n)
 
 
-def nearest(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Index of the most similar key of each query, shape (n,), a block of queries at a time."""
-    found = [np.argmax(queries[start : start + BLOCK] @ keys.T, axis=1) for start in range(0, len(queries), BLOCK)]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def retrieved(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Whether the key at a query's own index is its nearest, bool (n,)."""
-    return nearest(queries, keys) == np.arange(len(queries))
+def retrieved(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether an item of `a` is nearest to the item of `b` at its own index, and an item of `b` to that of `a`: bool, shape (n,)
+    each. Both come from one pass over the n² cosines, a block of rows of `a` at a time; of equal cosines the first counts."""
+    n = len(a)
+    forward, backward, best = np.empty(n, np.int64), np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
+    for start in range(0, n, BLOCK):
+        cosines = a[start : start + BLOCK] @ b.T
+        forward[start : start + BLOCK] = cosines.argmax(axis=1)
+        row = cosines.argmax(axis=0)
+        highest = cosines[row, np.arange(n)]
+        nearer = highest > best
+        backward[nearer], best[nearer] = start + row[nearer], highest[nearer]
+    own = np.arange(n)
+    return forward == own, backward == own
 
 
 def own_probability(queries: np.ndarray, keys: np.ndarray, temperature: float) -> np.ndarray:
@@ -66,7 +71,7 @@ def likelihood(probabilities: np.ndarray, choices: int) -> float:
 
 
 def margin_retrieved(queries: np.ndarray, keys: np.ndarray, neighbours: int = 4) -> np.ndarray:
-    """As `retrieved`, by margin: cosine over the mean cosine to the nearest neighbours of both sides (Artetxe & Schwenk
+    """As the first of `retrieved`, by margin: cosine over the mean cosine to the nearest neighbours of both sides (Artetxe & Schwenk
     2019, 1811.01136). The error rate of this is xsim."""
     k = min(neighbours, len(keys))
     around_queries, around_keys = _neighbourhood(queries, keys, k), _neighbourhood(keys, queries, k)

@@ -97,7 +97,7 @@ class Judge:
         place, vectors = {text: number for number, text in enumerate(texts)}, student.encode(texts)
         for name, sides in self.parallel.items():
             a, b = (vectors[[place[text] for text in side]] for side in sides.values())
-            accuracy[name] = float((metrics.retrieved(a, b).mean() + metrics.retrieved(b, a).mean()) / 2)
+            accuracy[name] = float(np.mean(metrics.retrieved(a, b)))
             own = [metrics.own_probability(*both, TEMPERATURE) for both in ((a, b), (b, a))]
             likelihoods.append(metrics.likelihood(np.concatenate(own), len(a)))
         for name, (head, rows, truth) in self.labelled.items():
