@@ -173,6 +173,24 @@ def test_stopped_and_its_head_killed_it_ends_in_the_same_student(head: Head, mak
     assert_equal_weights(Path(alone.folder), Path(disturbed.folder))
 
 
+def test_every_command_is_a_job(head: Head, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """embed, evaluate and tune beside distill: one after the other on the same run, each a job of its own."""
+    recipe = make_recipe(run={"name": "whole"})
+    recipe_file, space = str(as_file(recipe, tmp_path / "whole.yaml")), tmp_path / "two.yaml"
+    space.write_text("search: {train.lr: {grid: [1.0e-3, 1.0e-4]}}\nfixed: {train.steps: 4, train.evaluate_every: 2}\n", encoding="utf-8")
+    said = {}
+    for job, given in {"embed": [], "distill": [], "evaluate": [], "tune": [str(space)]}.items():
+        found = head.run(*head.submit("python", f"jobs/{job}.py", *given, recipe_file, name=f"every-{job}"))
+        assert found.returncode == 0, found.stdout[-3000:]
+        said[job] = found.stdout
+    assert re.search(r"^embed +400 sentences", said["embed"], re.M), said["embed"]
+    assert not re.search(r"^embed +400 sentences", said["distill"], re.M), "the teacher worked again"
+    for job in ("distill", "evaluate"):
+        assert re.search(r"^topic +de +\d", said[job], re.M), said[job]
+    best = Path(recipe.run.storage, "whole-two", "best.yaml")
+    assert best.exists(), said["tune"]
+
+
 # --- what travels ---
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -75,8 +76,14 @@ def test_a_search_from_corpus_to_best_recipe(searched: tuple[Recipe, Recipe, str
     assert "topic/es" in table[0]
 
     store = sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*"))
+    unsent = f"{search.folder}/children/000/unsent.json"
+    files.write_json(unsent, [["train/loss", 0.25, 1_700_000_000_000, 77]])  # as when MLflow was away at the trial's end
     capsys.readouterr()
-    pipeline.tune(recipe, space)  # once more: nothing is left to do
+    pipeline.tune(recipe, space)  # once more: nothing is left to do, but to send what was kept
+    assert not files.exists(unsent)
+    child = files.read_json(f"{search.folder}/children/000.json")["run_id"]
+    history = mlflow.MlflowClient(track.uri_of(search)).get_metric_history(child, "train/loss")
+    assert (77, 0.25) in [(point.step, point.value) for point in history]
     assert files.read_json(f"{search.folder}/trials.json") == rows
     assert "step " not in capsys.readouterr().out.split("trial  ")[0]
     assert sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*")) == store
@@ -248,6 +255,38 @@ def test_trials_share_out_the_machine(ray_cluster: None) -> None:
     assert tune.share(recipe, space.model_copy(update={"at_once": 1}), 12) == (1, 2, 0)
     with pytest.raises(Refused, match="need more than the 2 of this machine"):
         tune.share(Recipe(cluster={"cpus_per_worker": 8}), space, 12)  # type: ignore[arg-type]
+
+
+def test_trials_have_a_gpu_each_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two machines of 8 CPUs and 2 GPUs, as Ray describes them."""
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}] * 2)
+    space = Space(name="s", search={"train.lr": {"grid": [1]}})  # type: ignore[dict-item]
+    shares = {each: tune.share(Recipe(cluster={"gpus_per_worker": each}), space, 12) for each in (None, 0.5, 0)}  # type: ignore[arg-type]
+    assert shares == {None: (4, 1, 1.0), 0.5: (8, 1, 0.5), 0: (12, 1, 0.0)}
+
+
+def test_time_ends_a_search_and_more_time_goes_on(
+    make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, fixed = make_recipe(), {"train.steps": 100_000, "train.evaluate_every": 10}
+
+    def search(minutes: float) -> trials.Row:
+        keys = {"seeds": [0, 1], "at_once": 1, "scheduler": "median", "minutes": minutes}
+        file = as_space(tmp_path, {"train.lr": {"grid": [1e-3]}}, fixed=fixed, **keys)
+        pipeline.tune(recipe, file)
+        (row,) = files.read_json(f"{tune.search_recipe(recipe, loaded(file, recipe)).folder}/trials.json")
+        return dict(row)
+
+    with pytest.raises(Refused, match=r"space grid: minutes: 0\.01 were over before a trial was compared; allow more"):
+        search(0.01)
+    first = search(0.5)
+    assert (first["trial"], first["settings"]["run.seed"], first["outcome"]) == ("000", 0, None)
+    assert 0 < first["steps"] < 100_000
+    assert re.search(r"^ +000 .* unfinished$", capsys.readouterr().out, re.M)
+    second = search(0.51)
+    assert second["curve"][: len(first["curve"])] == first["curve"]
+    assert second["steps"] > first["steps"]
 
 
 def test_what_cannot_stop_early_is_refused_before_anything_is_trained(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:

@@ -74,17 +74,14 @@ class TeacherActor:
     def __init__(self, settings: dict[str, Any], shards: int, fingerprint: dict[str, Any], threads: int):
         import torch
 
-        from xdist import encoder, finetune
+        from xdist import finetune
 
         if threads:
             torch.set_num_threads(threads)
         recipe = Recipe(**settings)
         self.folder, self.shards, self.settings = recipe.folder, shards, recipe.teacher
         self.store = VectorStore(recipe.run.storage, Fingerprint(**fingerprint))
-        located = finetune.teacher_folder(recipe)
-        self.teacher = encoder.load(
-            located, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt
-        )
+        self.teacher = finetune.load(recipe)
 
     def __call__(self, item: dict[str, Any], board: cluster.RemoteBoard) -> dict[str, Any]:
         """Embed one shard; a shard that another run embedded meanwhile costs nothing."""

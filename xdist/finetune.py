@@ -5,6 +5,7 @@ folder, and is done when that is there. The order of sentences is a function of 
 stage anew and, on a CPU, ends in the same teacher.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ import xxhash
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from xdist import batching, encoder, files, metrics, tasks
+from xdist import batching, cluster, encoder, files, metrics, tasks
 from xdist.config import Finetune, Recipe
 from xdist.encoder import Encoder
 from xdist.progress import Progress
@@ -43,20 +44,42 @@ def _rows(recipe: Recipe) -> tasks.Rows:
     return tasks.read(recipe, task, "train", recipe.data.source_language)
 
 
+def load(recipe: Recipe) -> Encoder:
+    """The teacher that teaches, as an encoder."""
+    return _load(recipe, teacher_folder(recipe))
+
+
+def _load(recipe: Recipe, folder: str) -> Encoder:
+    return encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
+
+
 def finetune(recipe: Recipe) -> None:
-    """Make the fine-tuned teacher, where the recipe asks for one and it is not there."""
+    """Make the fine-tuned teacher, where the recipe asks for one and it is not there. Needs a connected Ray."""
     if not recipe.finetune.task or files.exists(f"{place(recipe)}/modules.json"):
         return
-    settings = (recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
-    teacher = encoder.load(encoder.located(recipe.teacher), *settings)
+    cpus, gpus = cluster.resources(recipe.cluster)
+    cluster.await_room(recipe.cluster, 1, cpus, gpus, "finetune")
+    arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
+    with Progress("finetune", "sentences", len(_rows(recipe)["text"]) * recipe.finetune.epochs) as progress:
+        for _ in cluster.stream([{}], _make, progress, cpus=cpus, gpus=gpus, **arguments):
+            pass
+
+
+def _make(item: cluster.Item, board: cluster.RemoteBoard, settings: dict[str, Any], threads: int) -> cluster.Item:
+    """Fine-tune the recipe's teacher and keep it, in a process of the cluster."""
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = Recipe(**settings)
+    teacher = _load(recipe, encoder.located(recipe.teacher))
     rows, longest = _rows(recipe), recipe.teacher.max_length
     start = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=longest), rows["label"])
-    with Progress("finetune", "sentences", len(rows["text"]) * recipe.finetune.epochs) as progress:
-        learn(teacher, rows["text"], rows["label"], start, recipe.finetune, recipe.run.seed, recipe.train.clip, longest, progress.update)
+    seen = functools.partial(board.count, "sentences")
+    learn(teacher, rows["text"], rows["label"], start, recipe.finetune, recipe.run.seed, recipe.train.clip, longest, seen)
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.path.join(scratch, "teacher")
         teacher.model.save(folder, create_model_card=False)
         files.upload(folder, place(recipe), last="modules.json")
+    return item
 
 
 def learn(

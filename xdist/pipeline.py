@@ -19,6 +19,7 @@ from xdist.progress import next_steps, say
 from xdist.recipes import differing
 
 BEFORE_TRAINING = ("parts", "corpus", "rejects", "initial", "plan.json", "selection", "shards", "holdout", "prepared")
+EFFORT = ("minutes", "at_once")  # of a space: how long and on how much it is searched, not what
 
 
 def settle(recipe: Recipe) -> None:
@@ -76,14 +77,8 @@ def _teacher(recipe: Recipe) -> tuple[str, Any, Any]:
     from xdist import encoder, finetune
 
     finetune.finetune(recipe)
-    folder = finetune.teacher_folder(recipe)
-    teacher = encoder.load(folder, *_loading(recipe), recipe.teacher.prompt)
+    folder, teacher = finetune.teacher_folder(recipe), finetune.load(recipe)
     return folder, teacher, encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
-
-
-def _loading(recipe: Recipe) -> tuple[str, str, bool]:
-    """How encoders are loaded: arithmetic, attention, remote code."""
-    return recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code
 
 
 def embed(recipe: Recipe) -> None:
@@ -111,8 +106,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
         folder, teacher, fingerprint = _teacher(recipe)
         initial = student.build(recipe, folder, prepared)
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
-            untrained = encoder.load(files.local(initial), *_loading(recipe))
-            _plan(recipe, prepared, teacher, untrained, VectorStore(recipe.run.storage, fingerprint))
+            _plan(recipe, prepared, teacher, VectorStore(recipe.run.storage, fingerprint))
         if plan:
             say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
             return
@@ -124,10 +118,10 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     say(next_steps(time.monotonic() - started, _next(recipe)))
 
 
-def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, untrained: Any, store: Any) -> None:
+def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, store: Any) -> None:
     from xdist import planning, preflight
 
-    plan = planning.make(recipe, prepared, teacher, untrained, store, cluster.at_once(recipe.cluster))
+    plan = planning.make(recipe, prepared, teacher, store, cluster.at_once(recipe.cluster))
     planning.write(recipe, plan)
     planning.show(recipe, plan)
     preflight.room(recipe, plan)
@@ -142,7 +136,7 @@ def _embed_and_train(recipe: Recipe, prepared: Prepared, teacher: Any, fingerpri
     if not files.exists(f"{recipe.folder}/student/modules.json"):
         selection.prepare(recipe, teacher)
         best = launch.train(recipe, run_id, track.uri_of(recipe))
-        track.send_kept(recipe, run_id)
+        track.send_kept(track.uri_of(recipe), run_id, recipe.folder)
         train.export(recipe, best)
 
 
@@ -223,7 +217,8 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
 
 def _settle_space(search: Recipe, space: dict[str, Any]) -> None:
     uri = f"{search.folder}/space.json"
-    if files.exists(uri) and files.read_json(uri) != space and files.exists(f"{search.folder}/mlflow.json"):
+    before = files.read_json(uri) if files.exists(uri) else space
+    if before | dict.fromkeys(EFFORT) != space | dict.fromkeys(EFFORT) and files.exists(f"{search.folder}/mlflow.json"):
         raise Refused(f"{search.run.name} has begun with another space; give this one another name (name: …), or delete {search.folder}")
     files.write_json(uri, space)
 

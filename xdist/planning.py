@@ -1,4 +1,5 @@
-"""Plan: what a run will do and what it costs, measured by a short probe of the real teacher and the real student.
+"""Plan: what a run will do and what it costs, measured by a short probe of the real teacher and the real student: in this process,
+or, on a cluster, on one of the machines that will do the work.
 
 Reads the prepared corpus, writes <run>/plan.json and prints it. What it builds (the clean corpus, the untrained student)
 is what the run itself uses.
@@ -7,15 +8,16 @@ is what the run itself uses.
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from xdist import files
+from xdist import cluster, encoder, files, finetune
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.embed import missing_per_shard
 from xdist.encoder import Encoder
-from xdist.progress import duration, say
+from xdist.progress import Progress, duration, say
 from xdist.shards import sampling_weights
 from xdist.store import VectorStore
 
@@ -49,17 +51,22 @@ class Plan:
     token_lengths: dict[str, list[int]]
 
 
-def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder, store: VectorStore, at_once: tuple[int, int]) -> Plan:
-    """Probe teacher and student on a sample of the corpus; `at_once` teacher actors and training workers share the work."""
+def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, store: VectorStore, at_once: tuple[int, int]) -> Plan:
+    """Probe teacher and untrained student on a sample of the corpus; `at_once` teacher actors and training workers share the work.
+    Needs a connected Ray."""
     cached = prepared.sentences - sum(missing_per_shard(recipe, prepared, store))
-    sources, texts = _sample(recipe, prepared)
-    rate = _embed_rate(recipe, teacher, sources)
+    student = _untrained(recipe)
+    sources, texts = _sample(recipe, prepared.shards)
+    rates = (
+        _rates_elsewhere(recipe, prepared.shards)
+        if cluster.on_cluster(recipe.cluster)
+        else _rates(recipe, teacher, student, sources, texts)
+    )
     lengths = {lang: [len(row) for row in student.tokenize(found, recipe.student.max_length)] for lang, found in texts.items() if found}
     counts = {recipe.data.source_language: prepared.sentences} | prepared.languages
     seen = _seen(recipe, prepared)
     per_epoch = sum(count * float(np.mean(lengths[lang])) for lang, count in seen.items() if lang in lengths)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch / recipe.train.batch_tokens))
-    training_rate = _train_rate(recipe, student, [text for found in texts.values() for text in found])
     vector, parameters = 2 * teacher.dimension, sum(parameter.numel() for parameter in student.parameters())
     return Plan(
         rows_read=prepared.rows_read,
@@ -76,13 +83,55 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, student: Encoder,
         store_bytes=(prepared.sentences - cached) * (vector + 8),
         shard_bytes=round(prepared.sentences * vector + per_epoch * 2),
         model_bytes=parameters * (2 * 4 + 3 * 3 * 4),  # untrained and trained; three checkpoints, each with two moments
-        teacher_sentences_per_second=rate,
-        student_tokens_per_second=training_rate,
-        arithmetic=f"{str(student.dtype).removeprefix('torch.')} on {student.device}, {student.kernels}",
-        embed_seconds=(prepared.sentences - cached) / rate / at_once[0],
-        train_seconds=steps * recipe.train.batch_tokens / training_rate / at_once[1],
+        teacher_sentences_per_second=rates.teacher,
+        student_tokens_per_second=rates.student,
+        arithmetic=rates.arithmetic,
+        embed_seconds=(prepared.sentences - cached) / rates.teacher / at_once[0],
+        train_seconds=steps * recipe.train.batch_tokens / rates.student / at_once[1],
         token_lengths={lang: np.bincount(np.minimum(found, recipe.student.max_length)).tolist() for lang, found in lengths.items()},
     )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Sentences per second of the teacher, tokens per second of a training step, and by what arithmetic."""
+
+    teacher: float
+    student: float
+    arithmetic: str
+
+
+def _rates(recipe: Recipe, teacher: Encoder, student: Encoder, sources: list[str], texts: dict[str, list[str]]) -> Rates:
+    """Measured in this process."""
+    return Rates(
+        _embed_rate(recipe, teacher, sources),
+        _train_rate(recipe, student, [text for found in texts.values() for text in found]),
+        f"{str(student.dtype).removeprefix('torch.')} on {student.device}, {student.kernels}",
+    )
+
+
+def _rates_elsewhere(recipe: Recipe, shards: int) -> Rates:
+    """Measured in a process of the cluster that has what a teacher actor and a training worker have; the driver may be on a machine
+    that does no such work."""
+    cpus, gpus = cluster.resources(recipe.cluster)
+    cluster.await_room(recipe.cluster, 1, cpus, gpus, "plan")
+    arguments: dict[str, Any] = {"settings": recipe.model_dump(mode="json"), "threads": 0 if gpus else cpus}
+    (found,) = cluster.stream([{"shards": shards}], _probe, Progress("plan", "probe"), cpus=cpus, gpus=gpus, **arguments)
+    return Rates(**found)
+
+
+def _probe(item: cluster.Item, board: cluster.RemoteBoard, settings: dict[str, Any], threads: int) -> cluster.Item:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = Recipe(**settings)
+    return asdict(_rates(recipe, finetune.load(recipe), _untrained(recipe), *_sample(recipe, item["shards"])))
+
+
+def _untrained(recipe: Recipe) -> Encoder:
+    folder = files.local(f"{recipe.folder}/initial")
+    return encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code)
 
 
 def _seen(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
@@ -96,11 +145,11 @@ def _seen(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
     }
 
 
-def _sample(recipe: Recipe, prepared: Prepared) -> tuple[list[str], dict[str, list[str]]]:
+def _sample(recipe: Recipe, shards: int) -> tuple[list[str], dict[str, list[str]]]:
     """Source sentences, and texts by language, of the first shards."""
     sources: list[str] = []
     texts: dict[str, list[str]] = {}
-    for shard in range(prepared.shards):
+    for shard in range(shards):
         table = files.read_table(f"{recipe.folder}/corpus/{shard:05d}.parquet", ["source", "languages", "texts"])
         table = table.slice(0, 4 * PROBE_SENTENCES)
         sources += table["source"].to_pylist()

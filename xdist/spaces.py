@@ -119,7 +119,7 @@ class Space(Section):
     mode: Literal["max", "min"] = "max"
     """Whether a larger metric is better."""
     minutes: float | None = Field(default=None, gt=0)
-    """Time of one start: after it no trial begins and running ones stop; the same command goes on with them."""
+    """Time of one start: after it no trial begins and running ones stop; the same command goes on with them, with as many minutes more."""
     at_once: int | None = Field(default=None, ge=1)
     """Trials at the same time; as many as the cluster has room for when not given."""
 

@@ -266,12 +266,12 @@ class Metrics:
             self.is_kept = True
 
 
-def send_kept(recipe: Recipe, run_id: str) -> None:
+def send_kept(uri: str, run_id: str, folder: str) -> None:
     """Send the numbers of a run that MLflow did not take while it was trained. Raises Refused where it still is away."""
-    metrics = Metrics(uri_of(recipe), run_id, recipe.folder)
+    metrics = Metrics(uri, run_id, folder)
     metrics.flush()
     if metrics.waiting:
-        raise Refused(f"track.uri: MLflow at {uri_of(recipe)} is away; its numbers are kept, run the same command when it is back")
+        raise Refused(f"track.uri: MLflow at {uri} is away; its numbers are kept, run the same command when it is back")
 
 
 def curves(recipe: Recipe, run_id: str, names: list[str]) -> dict[str, list[tuple[int, float]]]:

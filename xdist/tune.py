@@ -96,7 +96,10 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
     _end_children(search, rows)
     files.write_json(f"{search.folder}/trials.json", rows)
     if not rows or rows[0]["mean"] is None:
-        raise Refused(f"no trial came to a result; the first says: {rows[0]['error'] if rows else 'nothing'}")
+        said = next((found["error"] for found in rows if found["error"]), "")
+        if space.minutes and not said:
+            raise Refused(f"space {space.name}: minutes: {space.minutes:g} were over before a trial was compared; allow more")
+        raise Refused(f"no trial came to a result; the first says: {said or 'nothing'}")
     for found in rows:
         if found["outcome"]:
             files.remove(f"{search.folder}/checkpoints/{found['trial']}")
@@ -251,9 +254,13 @@ def _follower(search: Recipe, space: Space, count: int) -> Any:
 
 
 def _end_children(search: Recipe, rows: list[Row]) -> None:
-    """End the MLflow runs of these trials: FINISHED, FAILED, or KILLED where they are unfinished."""
+    """End the MLflow runs of these trials: FINISHED, FAILED, or KILLED where they are unfinished. Numbers that MLflow did not take
+    when they came are sent first."""
+    uri = track.uri_of(search)
     for found in rows:
-        marker = f"{search.folder}/children/{found['trial']}.json"
-        if files.exists(marker):
+        folder = f"{search.folder}/children/{found['trial']}"
+        if files.exists(f"{folder}.json"):
+            run_id = files.read_json(f"{folder}.json")["run_id"]
             status = {"failed": "FAILED", "unfinished": "KILLED"}.get(found["outcome"] or "unfinished", "FINISHED")
-            track.ended(track.uri_of(search), files.read_json(marker)["run_id"], status, [("trial/steps", 0, float(found["steps"]))])
+            track.send_kept(uri, run_id, folder)
+            track.ended(uri, run_id, status, [("trial/steps", 0, float(found["steps"]))])
