@@ -19,7 +19,7 @@ import yaml
 from conftest import MakeRecipe, all_hashes, as_file, assert_equal_weights, wait_for
 from safetensors.numpy import load_file
 
-from xdist import files, pipeline, track
+from xdist import files, launch, pipeline, track
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -286,9 +286,10 @@ def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe,
     held = all_hashes(tmp_path / "b" / "store")
     assert 0 < len(held) < 400
     with started(recipe_file, tmp_path) as process:  # mid-epoch: Ray Train has noted a checkpoint
-        wait_for(lambda: b"checkpoint_2" in read_if_there(folder / "checkpoints" / "checkpoint_manager_snapshot.json"), process)
+        wait_for(lambda: b"checkpoint_2" in read_if_there(folder / "checkpoints" / launch.KEPT_NOTES), process)
         os.kill(process.pid, signal.SIGKILL)
     assert not (folder / "student").exists()
+    (folder / "checkpoints" / launch.NOTES).write_text('{"ray_version": "2.6')  # as if it was killed while it noted another one
     half = folder / "checkpoints" / "checkpoint_2099-01-01_00-00-00.000000"  # an upload that was cut off is never resumed from
     half.mkdir()
     (half / "weights.safetensors").write_bytes(b"half")

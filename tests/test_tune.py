@@ -90,7 +90,7 @@ def test_a_search_from_corpus_to_best_recipe(searched: tuple[Recipe, Recipe, str
 
 
 def test_mlflow_has_a_child_for_each_trial(searched: tuple[Recipe, Recipe, str]) -> None:
-    _, search, _ = searched
+    recipe, search, space = searched
     found = children(search)
     assert sorted((run.data.params["train.lr"], run.data.params["data.sample"]) for run in found) == [
         ("0.001", "0.5"), ("0.001", "1.0"), ("1e-05", "0.5"), ("1e-05", "1.0"),
@@ -106,6 +106,15 @@ def test_mlflow_has_a_child_for_each_trial(searched: tuple[Recipe, Recipe, str])
     assert parent.info.run_name == "tiny-grid"
     assert parent.data.metrics["search/trials"] == 4
     assert parent.data.metrics["search/steps"] == 32
+
+    mlflow.MlflowClient(track.uri_of(search)).delete_run(found[0].info.run_id)
+    pipeline.tune(recipe, space)  # what the store has lost it is told again
+    again = {(run.data.params["train.lr"], run.data.params["data.sample"]): run for run in children(search)}
+    assert again.keys() == rows.keys()
+    assert {run.info.status for run in again.values()} == {"FINISHED"}
+    new = again[found[0].data.params["train.lr"], found[0].data.params["data.sample"]]
+    assert new.info.run_id != found[0].info.run_id
+    assert new.data.metrics["held_out/selection"] == pytest.approx(found[0].data.metrics["held_out/selection"])
 
 
 def test_asha_stops_the_weak_and_a_collapsed_trial_is_the_worst(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
@@ -253,6 +262,7 @@ def test_trials_share_out_the_machine(ray_cluster: None) -> None:
     assert tune.share(recipe, space, 12) == (2, 1, 0)
     assert tune.share(recipe, space, 1) == (1, 2, 0)
     assert tune.share(recipe, space.model_copy(update={"at_once": 1}), 12) == (1, 2, 0)
+    assert tune.share(recipe, space.model_copy(update={"at_once": 4}), 12) == (2, 1, 0)  # there are no more cores
     with pytest.raises(Refused, match="need more than the 2 of this machine"):
         tune.share(Recipe(cluster={"cpus_per_worker": 8}), space, 12)  # type: ignore[arg-type]
 
@@ -264,6 +274,12 @@ def test_trials_have_a_gpu_each_where_there_are_gpus(monkeypatch: pytest.MonkeyP
     space = Space(name="s", search={"train.lr": {"grid": [1]}})  # type: ignore[dict-item]
     shares = {each: tune.share(Recipe(cluster={"gpus_per_worker": each}), space, 12) for each in (None, 0.5, 0)}  # type: ignore[arg-type]
     assert shares == {None: (4, 1, 1.0), 0.5: (8, 1, 0.5), 0: (12, 1, 0.0)}
+
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster that starts machines with GPUs when they are asked for")
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0})
+    asking = Recipe(cluster={"gpus_per_worker": 1})  # type: ignore[arg-type]
+    assert tune.share(asking, space, 12) == (1, 1, 1.0)
+    assert tune.share(asking, space.model_copy(update={"at_once": 4}), 12)[::2] == (4, 1.0)
 
 
 def test_time_ends_a_search_and_more_time_goes_on(

@@ -204,9 +204,12 @@ def on_cluster(settings: Cluster) -> bool:
 
 
 def at_once(settings: Cluster) -> tuple[int, int]:
-    """(teacher actors, training workers) that add speed: on one machine without GPUs they share its cores."""
+    """(teacher actors, training workers) that add speed: on a cluster all that are asked for, some of which may be yet to come; on
+    one machine without GPUs they share its cores."""
     import ray
 
+    if _address(settings):
+        return teacher_actors(settings), settings.workers[1]
     parts = int(ray.cluster_resources().get("GPU", 0)) or sum(node["Alive"] for node in ray.nodes())
     return min(teacher_actors(settings), parts), min(settings.workers[1], parts)
 
@@ -224,11 +227,12 @@ def _address(settings: Cluster) -> str | None:
 
 
 def teacher_actors(settings: Cluster) -> int:
-    """How many teacher actors to start: one per GPU, or as many as training workers."""
+    """How many teacher actors to start: one per GPU, else one per machine with CPUs, or as many as training workers."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    return settings.teacher_actors or gpus or settings.workers[1]
+    machines = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    return settings.teacher_actors or gpus or max(machines, settings.workers[1])
 
 
 def _as_long_as_the_driver() -> dict[str, Any]:

@@ -28,16 +28,25 @@ S3_ATTEMPTS = 10  # of a request, with longer and longer pauses: a minute or two
 _held: dict[str, IO[bytes]] = {}
 
 
+class PatientS3(pafs.S3FileSystem):
+    """S3 whose requests are made again for a minute or two; pyarrow's own gives up after six seconds of errors, and forgets what it was
+    told of retries on its way to another process."""
+
+    def __init__(self, region: str):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        patient = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+        super().__init__(region=region, endpoint_override=endpoint, retry_strategy=patient)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PatientS3, (self.region,)
+
+
 @functools.lru_cache(maxsize=64)
 def _backend(scheme: str, authority: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem, and what it calls the folder at the root of this authority ("" or with a slash behind)."""
     try:
         fs, path = pafs.FileSystem.from_uri(f"{scheme}://{authority}/x")
-        if isinstance(fs, pafs.S3FileSystem):  # which would give up after six seconds of errors
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-            patient = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
-            fs = pafs.S3FileSystem(region=fs.region, endpoint_override=endpoint, retry_strategy=patient)
-        return fs, path[:-1]
+        return PatientS3(fs.region) if isinstance(fs, pafs.S3FileSystem) else fs, path[:-1]
     except OSError as error:
         raise Refused(f"{scheme}://{authority} cannot be reached: {error}; check its name, the network and your credentials") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

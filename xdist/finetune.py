@@ -35,7 +35,7 @@ def teacher_folder(recipe: Recipe) -> str:
 def place(recipe: Recipe) -> str:
     """Where the fine-tuned teacher is kept: once for all runs and trials that ask for the same one."""
     rows = _rows(recipe)
-    asked = [recipe.teacher.model_dump(), recipe.finetune.model_dump(), recipe.run.seed, rows["text"], rows["label"]]
+    asked = [recipe.teacher.model_dump(), recipe.finetune.model_dump(), recipe.train.clip, recipe.run.seed, rows["text"], rows["label"]]
     return f"{recipe.run.storage}/teachers/{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
 
 

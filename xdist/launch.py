@@ -18,6 +18,7 @@ from xdist.progress import say
 from xdist.train import Meter, Place, fit
 
 RETRIES = 3  # starts of the workers, one after the other, that come to no new checkpoint
+NOTES, KEPT_NOTES = "checkpoint_manager_snapshot.json", "notes.json"  # Ray Train's, and our copy: it does not write its own atomically
 RESIZE_EVERY = 60.0  # seconds between looks for more workers
 
 
@@ -34,7 +35,7 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     workers = f"{most}" if least == most else f"{least} to {most}"
     say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {workers} worker(s)")
     cluster.await_room(recipe.cluster, least, cpus, gpus, "train")
-    _remove_unnoted(f"{recipe.folder}/checkpoints")
+    _mend_notes(f"{recipe.folder}/checkpoints")
     starts: list[int] = []
 
     def show(_: int, __: float, lines: list[dict[str, Any]]) -> None:
@@ -62,10 +63,17 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     return f"{recipe.folder}/checkpoints/{os.path.basename(best.path)}"
 
 
-def _remove_unnoted(folder: str) -> None:
-    """Remove checkpoints that were being uploaded when a run was killed: Ray Train goes by the notes that it makes of whole ones."""
-    notes = f"{folder}/checkpoint_manager_snapshot.json"
-    state = files.read_json(notes) if files.exists(notes) else {}
+def _mend_notes(folder: str) -> None:
+    """Make right what a kill left: Ray Train goes by the notes that it makes of whole checkpoints. Where it was killed while it wrote
+    them, `_keep_notes` has those before; checkpoints that they do not name were being uploaded, and are removed."""
+    notes, kept = f"{folder}/{NOTES}", f"{folder}/{KEPT_NOTES}"
+    try:
+        state = files.read_json(notes)
+    except (FileNotFoundError, Refused):
+        files.remove(notes)
+        state = files.read_json(kept) if files.exists(kept) else {}
+        if state:
+            files.write_json(notes, state)
     noted = [entry["checkpoint_dir_name"] for key in ("checkpoint_results", "pending_training_results") for entry in state.get(key, [])]
     for name in files.folders(folder):
         if name.startswith("checkpoint_") and name not in noted:
@@ -74,12 +82,21 @@ def _remove_unnoted(folder: str) -> None:
 
 def _trainer(recipe: Recipe, given: dict[str, Any], cpus: int, gpus: float) -> Any:
     """Ray Train's trainer of the run; where the run has a checkpoint, it goes on from there."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
+
+    class KeepNotes(UserCallback):
+        """Copies Ray Train's notes whenever it has written them."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if checkpoint:
+                files.write(f"{recipe.folder}/checkpoints/{KEPT_NOTES}", files.read(f"{recipe.folder}/checkpoints/{NOTES}"))
 
     worker: Any = _worker
     scaling: Any = ScalingConfig  # the types that Ray gives it are those of its older version
     least, most = recipe.cluster.workers
+    storage, path = files.resolve(recipe.folder)
+    callbacks: Any = [KeepNotes()]
     return TorchTrainer(
         worker,
         train_loop_config=given,
@@ -91,7 +108,9 @@ def _trainer(recipe: Recipe, given: dict[str, Any], cpus: int, gpus: float) -> A
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=recipe.folder,
+            storage_path=path,
+            storage_filesystem=storage,
+            callbacks=callbacks,
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"),
             failure_config=FailureConfig(max_failures=RETRIES),
         ),
@@ -168,6 +187,7 @@ def _train_here(config: dict[str, Any]) -> None:
         if rank != 0:
             ray.train.report({"selection": score})
             return
+        meter.keep()  # a run that goes on from this checkpoint has the numbers before it
         save(folder := tempfile.mkdtemp())  # Ray Train removes it when it is uploaded
         ray.train.report(
             {"selection": score, "step": step_},
@@ -175,14 +195,14 @@ def _train_here(config: dict[str, Any]) -> None:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
-    known = False
+    known: set[str] = set()
 
     def warned() -> bool:
         """Whether a machine of ours was told that it will be taken away, and was not before."""
-        nonlocal known
-        fresh = not known and ray.train.get_preemption_info() is not None
-        known = known or fresh
-        return fresh
+        announced = ray.train.get_preemption_info()
+        fresh = set(announced.preempted_node_ids) - known if announced else set()
+        known.update(fresh)
+        return bool(fresh)
 
     resumed = ray.train.get_checkpoint()
     fit(recipe, report, meter, resumed.as_directory() if resumed else None, Place(rank, world, _parallel, _summed, warned))

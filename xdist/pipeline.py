@@ -101,6 +101,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     settle(recipe)
     tasks.check(recipe)
     encoder.located(recipe.teacher)
+    student.base_folder(recipe.student, recipe.teacher, "")
     with _at_work(recipe):
         prepared = _prepare(recipe)
         folder, teacher, fingerprint = _teacher(recipe)
@@ -108,7 +109,7 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
             _plan(recipe, prepared, teacher, VectorStore(recipe.run.storage, fingerprint))
         if plan:
-            say("\nNothing was embedded or trained. Run the same command without --plan to go on.")
+            say("\nNo sentence was embedded and no student trained. Run the same command without --plan to go on.")
             return
         with track.run(recipe, "distill") as run_id:
             _embed_and_train(recipe, prepared, teacher, fingerprint, initial, run_id)

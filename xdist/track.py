@@ -34,18 +34,19 @@ def unreachable(uri: str) -> str:
     import mlflow
 
     _quiet()
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"  # by its default it would be asked for minutes
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # by default it would be asked for minutes
+    before = {name: os.environ.get(name) for name in impatient}
+    os.environ.update(impatient)
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
         return ""
     except Exception as error:  # of many libraries
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def server(uri: str) -> str | None:
@@ -84,6 +85,13 @@ def _holds(client: Any, run_id: str) -> bool:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
+
+
+def held(uri: str, marker: str) -> bool:
+    """Whether a tracking store has the run that a marker names."""
+    import mlflow
+
+    return files.exists(marker) and _holds(mlflow.MlflowClient(uri), files.read_json(marker)["run_id"])
 
 
 @contextlib.contextmanager
@@ -125,10 +133,10 @@ def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: st
 
     _quiet()
     client = mlflow.MlflowClient(uri)
-    run_id = files.read_json(marker)["run_id"] if files.exists(marker) else None
-    if run_id and _holds(client, run_id):
+    if held(uri, marker):
+        run_id = str(files.read_json(marker)["run_id"])
         client.update_run(run_id, status="RUNNING")
-        return str(run_id)
+        return run_id
     tags = {"mlflow.parentRunId": parent, "xdist.job": "trial"}
     run_id = client.create_run(client.get_run(parent).info.experiment_id, run_name=name, tags=tags).info.run_id
     for key, value in settings.items():
@@ -250,24 +258,29 @@ class Metrics:
                     self.client.log_batch(self.run_id, metrics=batch)
                 except Exception as error:  # the server is away: keep the numbers, training goes on
                     logging.getLogger(__name__).warning("MLflow did not take %d metrics: %s", len(batch), type(error).__name__)
-                    self._keep()
+                    self.keep()
                     return
                 with self.lock:
                     self.waiting = self.waiting[len(batch) :]
             if self.is_kept:
-                files.remove(self.kept)
-                self.is_kept = False
+                with contextlib.suppress(OSError, Refused):
+                    files.remove(self.kept)
+                    self.is_kept = False
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Write what waits to `folder`, for the next one."""
         with self.lock:
             points = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self.waiting]
-        with contextlib.suppress(OSError):  # a storage that is away as well
-            files.write_json(self.kept, points)
-            self.is_kept = True
+        with contextlib.suppress(OSError, Refused):  # a storage that is away as well, or full
+            if points:
+                files.write_json(self.kept, points)
+                self.is_kept = True
 
 
 def send_kept(uri: str, run_id: str, folder: str) -> None:
     """Send the numbers of a run that MLflow did not take while it was trained. Raises Refused where it still is away."""
+    if not files.exists(f"{folder}/unsent.json"):
+        return
     metrics = Metrics(uri, run_id, folder)
     metrics.flush()
     if metrics.waiting:

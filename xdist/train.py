@@ -222,6 +222,11 @@ class Meter:
         if self.metrics:
             self.metrics.log({f"held_out/{name}": value for name, value in accuracy.items()} | {"held_out/selection": score}, step_)
 
+    def keep(self) -> None:
+        """Keep what is not sent yet where a process that goes on after this one finds it."""
+        if self.metrics:
+            self.metrics.keep()
+
     def close(self) -> None:
         """Send what is left."""
         if self.metrics:

@@ -72,6 +72,7 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
 
     ended_first = sorted(range(len(wanted)), key=lambda number: number not in ended)  # so that schedulers know what was before
     files.remove(f"{search.folder}/tune")
+    storage, path = files.resolve(search.folder)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": cpus, "GPU": gpus}),
         param_space={"trial": tune.grid_search([{"number": n, "settings": wanted[n]} for n in ended_first])} if wanted else None,
@@ -85,15 +86,16 @@ def run(search: Recipe, space: Space, parent: str) -> list[Row]:
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=search.folder,
-            callbacks=[_follower(search, space, count)],
+            storage_path=path,
+            storage_filesystem=storage,
+            callbacks=[_follower(search, space, count, parent)],
             failure_config=tune.FailureConfig(max_failures=3),
             verbose=0,
         ),
     )
     tuner.fit()
     rows = trials.ranked([row(record, space) for record in trials.records(search)], space)
-    _end_children(search, rows)
+    _end_children(search, rows, parent)
     files.write_json(f"{search.folder}/trials.json", rows)
     if not rows or rows[0]["mean"] is None:
         said = next((found["error"] for found in rows if found["error"]), "")
@@ -127,16 +129,19 @@ def names(search: Recipe, space: Space) -> list[str]:
 
 
 def share(search: Recipe, space: Space, count: int) -> tuple[int, int, float]:
-    """(trials at once, CPUs, GPUs of each): as many as there are GPUs, or CPUs, and as `at_once` and `count` allow. Raises Refused
-    where a local Ray has less than even one needs."""
+    """(trials at once, CPUs, GPUs of each): as many as there are GPUs, or CPUs, and as `at_once` and `count` allow; a cluster may grow
+    up to `at_once`. Raises Refused where a local Ray has less than even one needs."""
     import ray
 
     total, settings = ray.cluster_resources(), search.cluster
     if total.get("GPU", 0) >= 1 and settings.gpus_per_worker != 0:
         room = int(total["GPU"] / (settings.gpus_per_worker or 1))
+    elif settings.gpus_per_worker:
+        room = 1  # machines with GPUs are yet to come
     else:
         room = int(total.get("CPU", 1)) // (settings.cpus_per_worker or 1)
-    concurrent = max(1, min(count, space.at_once or room))
+    wanted = space.at_once or room
+    concurrent = max(1, min(count, wanted if cluster.on_cluster(settings) else min(wanted, room)))
     return concurrent, *cluster.resources(settings.model_copy(update={"workers": (concurrent, concurrent)}))
 
 
@@ -213,7 +218,7 @@ def _asked(asked: Any, key: str, knob: spaces.Knob) -> Any:
     return asked.suggest_float(key, low, high, log=knob.loguniform is not None)
 
 
-def _follower(search: Recipe, space: Space, count: int) -> Any:
+def _follower(search: Recipe, space: Space, count: int, parent: str) -> Any:
     from ray.tune import Callback
 
     class Follower(Callback):
@@ -248,19 +253,22 @@ def _follower(search: Recipe, space: Space, count: int) -> Any:
             best = "   best so far" if math.isfinite(max(values)) and values[ended.index(trial)] == max(values) else ""
             say(f"{self._line(trial, result)}   {record['outcome']}, {len(ended)} of {count}{best}")
             with contextlib.suppress(Exception):  # where MLflow is away for a while; when all trials have ended, they all are ended
-                _end_children(search, [row(record, space)])
+                _end_children(search, [row(record, space)], parent)
 
     return Follower()
 
 
-def _end_children(search: Recipe, rows: list[Row]) -> None:
+def _end_children(search: Recipe, rows: list[Row], parent: str) -> None:
     """End the MLflow runs of these trials: FINISHED, FAILED, or KILLED where they are unfinished. Numbers that MLflow did not take
-    when they came are sent first."""
+    when they came are sent first; a store that lost a trial is told again what it came to."""
     uri = track.uri_of(search)
     for found in rows:
-        folder = f"{search.folder}/children/{found['trial']}"
-        if files.exists(f"{folder}.json"):
-            run_id = files.read_json(f"{folder}.json")["run_id"]
-            status = {"failed": "FAILED", "unfinished": "KILLED"}.get(found["outcome"] or "unfinished", "FINISHED")
-            track.send_kept(uri, run_id, folder)
-            track.ended(uri, run_id, status, [("trial/steps", 0, float(found["steps"]))])
+        folder, settings = f"{search.folder}/children/{found['trial']}", found["settings"]
+        lost = not track.held(uri, f"{folder}.json")
+        named, searched = label(found["trial"], settings), trials.logged(trials.trial_recipe(search, settings), settings)
+        run_id = track.child(uri, parent, named, searched, f"{folder}.json")
+        track.send_kept(uri, run_id, folder)
+        status = {"failed": "FAILED", "unfinished": "KILLED"}.get(found["outcome"] or "unfinished", "FINISHED")
+        measures = found["measures"] if lost else {}
+        points = [(f"held_out/{name}", found["steps"], value) for name, value in measures.items()]
+        track.ended(uri, run_id, status, [*points, ("trial/steps", 0, float(found["steps"]))])
