@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -169,7 +171,15 @@ def test_few_shot_is_stratified_and_of_the_size_asked_for(size: int) -> None:
             assert abs(count - size * whole / 100) <= 2
 
 
-def test_few_shot_samples_are_nested_and_differ_between_seeds() -> None:
-    small, large = (metrics.few_shot(LABELS, size, np.random.default_rng(5)).tolist() for size in (7, 31))
-    assert large[:7] == small
-    assert metrics.few_shot(LABELS, 7, np.random.default_rng(6)).tolist() != small
+@given(labels=st.lists(st.sampled_from("abcde"), min_size=1, max_size=60), seed=st.integers(0, 99), data=st.data())
+def test_few_shot_samples_are_nested(labels: list[str], seed: int, data: st.DataObject) -> None:
+    sizes = sorted(data.draw(st.lists(st.integers(1, len(labels)), min_size=2, max_size=2)))
+    small, large = (metrics.few_shot(labels, size, np.random.default_rng(seed)).tolist() for size in sizes)
+    assert large[: len(small)] == small
+    assert len(set(large)) == len(large) == sizes[1]
+    assert len({labels[row] for row in small}) == min(sizes[0], len(set(labels)))  # every class once, as far as the size goes
+
+
+def test_few_shot_samples_differ_between_seeds() -> None:
+    one, other = (metrics.few_shot(LABELS, 7, np.random.default_rng(seed)).tolist() for seed in (5, 6))
+    assert one != other

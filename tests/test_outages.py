@@ -51,6 +51,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     store = ObjectStore()
     for name, value in {
         "AWS_ACCESS_KEY_ID": "planted-key-id", "AWS_SECRET_ACCESS_KEY": "planted-secret-key", "AWS_ENDPOINT_URL": store.url,
+        "MLFLOW_TRACKING_USERNAME": "planted-user", "MLFLOW_TRACKING_PASSWORD": "planted-password", "HF_TOKEN": "planted-token",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)

@@ -1,12 +1,16 @@
 """A search, end to end: real Ray Tune, a real MLflow store, a tiny student."""
 
+import contextlib
 import csv
+import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -34,27 +38,25 @@ def loaded(path: str, recipe: Recipe) -> Space:
     return spaces.load(path, recipes.read_yaml(path, "space", "tune_spaces/"), recipe)
 
 
-@pytest.fixture
-def searched(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> tuple[Recipe, Recipe, str]:
-    """(recipe, the search's own recipe, space file) of a finished search of four trials."""
-    recipe, space = make_recipe(), as_space(tmp_path, fixed={"train.steps": 8, "train.evaluate_every": 4})
-    pipeline.tune(recipe, space)
-    return recipe, tune.search_recipe(recipe, loaded(space, recipe)), space
-
-
-def children(search: Recipe) -> list[Any]:
+def children(search: Recipe) -> dict[tuple[str, str], Any]:
+    """The MLflow runs of a search's trials, by learning rate and sample."""
     parent = files.read_json(f"{search.folder}/mlflow.json")["run_id"]
     client = mlflow.MlflowClient(track.uri_of(search))
-    experiment = client.get_run(parent).info.experiment_id
-    return list(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'"))
+    found = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    by_settings = {(run.data.params["train.lr"], run.data.params["data.sample"]): run for run in found}
+    assert len(by_settings) == len(found)
+    return by_settings
 
 
-def test_a_search_from_corpus_to_best_recipe(searched: tuple[Recipe, Recipe, str], capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, search, space = searched
+def test_a_search_from_corpus_to_best_recipe(
+    make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, space = make_recipe(), as_space(tmp_path, fixed={"train.steps": 8, "train.evaluate_every": 4})
+    pipeline.tune(recipe, space)
+    search = tune.search_recipe(recipe, loaded(space, recipe))
     rows = files.read_json(f"{search.folder}/trials.json")
-    assert sorted((row["settings"]["train.lr"], row["settings"]["data.sample"]) for row in rows) == [
-        (1e-5, 0.5), (1e-5, 1.0), (1e-3, 0.5), (1e-3, 1.0),
-    ]  # fmt: skip
+    settings = [(row["settings"]["train.lr"], row["settings"]["data.sample"]) for row in rows]
+    assert sorted(settings) == [(1e-5, 0.5), (1e-5, 1.0), (1e-3, 0.5), (1e-3, 1.0)]
     assert all(row["steps"] == row["of"] == 8 and row["outcome"] == "finished" for row in rows)
     assert [len(row["curve"]) for row in rows] == [2] * 4
     assert rows[0]["value"] == max(row["value"] for row in rows)
@@ -75,46 +77,98 @@ def test_a_search_from_corpus_to_best_recipe(searched: tuple[Recipe, Recipe, str
     assert [float(line["selection"]) for line in table] == [row["value"] for row in rows]
     assert "topic/es" in table[0]
 
-    store = sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*"))
-    unsent = f"{search.folder}/children/000/unsent.json"
-    files.write_json(unsent, [["train/loss", 0.25, 1_700_000_000_000, 77]])  # as when MLflow was away at the trial's end
-    capsys.readouterr()
-    pipeline.tune(recipe, space)  # once more: nothing is left to do, but to send what was kept
-    assert not files.exists(unsent)
-    child = files.read_json(f"{search.folder}/children/000.json")["run_id"]
-    history = mlflow.MlflowClient(track.uri_of(search)).get_metric_history(child, "train/loss")
-    assert (77, 0.25) in [(point.step, point.value) for point in history]
-    assert files.read_json(f"{search.folder}/trials.json") == rows
-    assert "step " not in capsys.readouterr().out.split("trial  ")[0]
-    assert sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*")) == store
-
-
-def test_mlflow_has_a_child_for_each_trial(searched: tuple[Recipe, Recipe, str]) -> None:
-    recipe, search, space = searched
-    found = children(search)
-    assert sorted((run.data.params["train.lr"], run.data.params["data.sample"]) for run in found) == [
-        ("0.001", "0.5"), ("0.001", "1.0"), ("1e-05", "0.5"), ("1e-05", "1.0"),
-    ]  # fmt: skip
-    assert {run.info.status for run in found} == {"FINISHED"}
-    ended = files.read_json(f"{search.folder}/trials.json")
-    rows = {(str(row["settings"]["train.lr"]), str(row["settings"]["data.sample"])): row for row in ended}
-    for run in found:
-        row = rows[run.data.params["train.lr"], run.data.params["data.sample"]]
-        assert run.data.metrics["held_out/selection"] == pytest.approx(row["value"])
-        assert run.data.metrics["trial/steps"] == 8
-    parent = mlflow.MlflowClient(track.uri_of(search)).get_run(files.read_json(f"{search.folder}/mlflow.json")["run_id"])
+    client = mlflow.MlflowClient(track.uri_of(search))
+    parent = client.get_run(files.read_json(f"{search.folder}/mlflow.json")["run_id"])
     assert parent.info.run_name == "tiny-grid"
     assert parent.data.metrics["search/trials"] == 4
     assert parent.data.metrics["search/steps"] == 32
+    found = children(search)
+    assert found.keys() == {(str(lr), str(sample)) for lr, sample in settings}
+    for row in rows:
+        run = found[str(row["settings"]["train.lr"]), str(row["settings"]["data.sample"])]
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["held_out/selection"] == pytest.approx(row["value"])
+        assert run.data.metrics["trial/steps"] == 8
 
-    mlflow.MlflowClient(track.uri_of(search)).delete_run(found[0].info.run_id)
-    pipeline.tune(recipe, space)  # what the store has lost it is told again
-    again = {(run.data.params["train.lr"], run.data.params["data.sample"]): run for run in children(search)}
-    assert again.keys() == rows.keys()
+    # Once more, with numbers of one trial that MLflow did not take, and another trial that it lost: all else is done.
+    first, last = rows[0], rows[-1]
+    unsent = f"{search.folder}/children/{first['trial']}/unsent.json"
+    files.write_json(unsent, [["train/loss", 0.25, 1_700_000_000_000, 77]])
+    client.delete_run(files.read_json(f"{search.folder}/children/{last['trial']}.json")["run_id"])
+    store = sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*"))
+    capsys.readouterr()
+    pipeline.tune(recipe, space)
+    assert files.read_json(f"{search.folder}/trials.json") == rows
+    assert "step " not in capsys.readouterr().out.split("trial  ")[0]
+    assert sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*")) == store
+    assert not files.exists(unsent)
+    again = children(search)
+    assert again.keys() == found.keys()
     assert {run.info.status for run in again.values()} == {"FINISHED"}
-    new = again[found[0].data.params["train.lr"], found[0].data.params["data.sample"]]
-    assert new.info.run_id != found[0].info.run_id
-    assert new.data.metrics["held_out/selection"] == pytest.approx(found[0].data.metrics["held_out/selection"])
+    assert (
+        again[str(last["settings"]["train.lr"]), str(last["settings"]["data.sample"])].data.metrics["held_out/selection"] == last["value"]
+    )
+    told = again[str(first["settings"]["train.lr"]), str(first["settings"]["data.sample"])]
+    assert (77, 0.25) in [(point.step, point.value) for point in client.get_metric_history(told.info.run_id, "train/loss")]
+
+
+def test_trials_do_without_the_teacher(make_recipe: MakeRecipe, tmp_path: Path, teacher: str, ray_cluster: None) -> None:
+    copy = shutil.copytree(teacher, tmp_path / "teacher")
+    recipe = make_recipe(teacher={"model": str(copy)})
+    space = loaded(as_space(tmp_path, {"train.lr": {"grid": [1e-3]}}, fixed={"train.steps": 4, "train.evaluate_every": 4}), recipe)
+    search = tune.search_recipe(recipe, space)
+    for variant in tune.prepared_recipes(search, space):
+        pipeline._make_ready(variant)
+    shutil.rmtree(copy)
+    with track.run(search, "tune") as parent:
+        (row,) = tune.run(search, space, parent)
+    assert (row["outcome"], row["steps"]) == ("finished", 4)
+
+
+def test_the_records_of_a_known_objective_find_its_optimum(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without training: a trial's score is a parabola of its learning rate, and one trial is interrupted on its way."""
+    recipe = make_recipe()
+    file = as_space(tmp_path, {"train.lr": {"grid": [1e-5, 1e-4, 1e-3, 1e-2]}})
+    space = loaded(file, recipe)
+    search = tune.search_recipe(recipe, space)
+
+    def height(lr: float, step: int) -> float:
+        return 1 - (math.log10(lr) + 3) ** 2 / 10 - 0.1 / step
+
+    class Interrupted(Exception):
+        pass
+
+    begun: list[str] = []
+    interrupting = [True]
+
+    def fit(recipe: Recipe, report: Any, meter: Any, resumed: Any) -> None:
+        with resumed or contextlib.nullcontext() as folder:
+            start = int(Path(folder, "step").read_text()) if folder else 0
+        begun.append(f"{recipe.train.lr:g} from {start}")
+        for step in range(start + 4, 13, 4):
+            report(height(recipe.train.lr, step), {"x": step / 12}, step, lambda out, step=step: Path(out, "step").write_text(str(step)))
+            if recipe.train.lr == 1e-4 and step == 8 and interrupting:
+                interrupting.clear()
+                raise Interrupted
+
+    monkeypatch.setattr(trials.train, "fit", fit)
+    monkeypatch.setattr(trials.shards, "order", lambda recipe: SimpleNamespace(total_steps=lambda: 12))
+    told: list[dict[str, Any]] = []
+    with track.run(search, "tune") as parent:
+        for number, settings in enumerate(tune.drawn(search, space)):
+            given = {"trial": {"number": number, "settings": settings}}
+            with contextlib.suppress(Interrupted):
+                trials.run(given, search, parent, -1.0, told.append)
+            trials.run(given, search, parent, -1.0, told.append)  # again: it goes on, or only tells
+    assert begun == ["1e-05 from 0", "0.0001 from 0", "0.0001 from 8", "0.001 from 0", "0.01 from 0"]
+    assert [point["step"] for point in told if "again" not in point] == [4, 8, 12] * 4
+    rows = trials.ranked([trials.row(record, space) for record in trials.records(search)], space)
+    assert [row["settings"]["train.lr"] for row in rows] == [1e-3, 1e-4, 1e-2, 1e-5]  # 1e-4 and 1e-2 are equally far; the earlier first
+    assert [row["value"] for row in rows] == pytest.approx([height(lr, 12) for lr in (1e-3, 1e-4, 1e-2, 1e-5)])
+    assert all(row["outcome"] == "finished" and [step for step, _ in row["curve"]] == [4, 8, 12] for row in rows)
+    assert yaml.safe_load(findings.best(recipe, search, space, rows))["train"]["lr"] == 1e-3
 
 
 def test_asha_stops_the_weak_and_a_collapsed_trial_is_the_worst(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
@@ -157,11 +211,15 @@ def test_optuna_draws_within_the_space(make_recipe: MakeRecipe, tmp_path: Path, 
         assert ("train.loss_temperature" in row["settings"]) == (row["settings"]["train.loss.contrastive"] == 0.1)
 
 
-def test_another_space_under_the_same_name_is_refused(searched: tuple[Recipe, Recipe, str], tmp_path: Path) -> None:
-    recipe, _, _ = searched
-    other = as_space(tmp_path, {"train.lr": {"grid": [1e-4, 1e-3]}}, fixed={"train.steps": 8, "train.evaluate_every": 4})
+def test_another_space_under_the_same_name_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, fixed = make_recipe(), {"train.steps": 8, "train.evaluate_every": 4}
+    space = loaded(as_space(tmp_path, fixed=fixed, minutes=3), recipe)
+    search = tune.search_recipe(recipe, space)
+    files.write_json(f"{search.folder}/space.json", space.model_dump(mode="json"))
+    files.write_json(f"{search.folder}/mlflow.json", {"run_id": "begun"})
+    pipeline._settle_space(search, loaded(as_space(tmp_path, fixed=fixed, minutes=9, at_once=1), recipe).model_dump(mode="json"))
     with pytest.raises(Refused, match="tiny-grid has begun with another space; give this one another name"):
-        pipeline.tune(recipe, other)
+        pipeline.tune(recipe, as_space(tmp_path, {"train.lr": {"grid": [1e-4, 1e-3]}}, fixed=fixed))
 
 
 def test_trials_that_differ_in_seed_alone_are_ranked_by_their_mean() -> None:

@@ -101,15 +101,16 @@ def learn(
     ids = [np.asarray(row) for row in found.tokenize(texts, longest)]
     body = [parameter for parameter in found.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": body}, {"params": [weights, bias], "lr": settings.lr * HEAD_RATE}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps = _batches(len(ids), settings.batch_size, settings.epochs, seed)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
     torch.manual_seed(seed)
     found.train()
     done = 0
     for picked in steps:
-        padded = batching.padded([ids[row] for row in picked], found.model.tokenizer.pad_token_id or 0)
-        vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))
+        shape = batching.few_shapes([len(ids[row]) for row in picked], longest)
+        padded = batching.padded([ids[row] for row in picked], found.model.tokenizer.pad_token_id or 0, shape)
+        vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))[: len(picked)]
         wanted = truth[torch.from_numpy(picked).to(found.device)]
         loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
         optimizer.zero_grad(set_to_none=True)

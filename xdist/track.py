@@ -29,24 +29,32 @@ def uri_of(recipe: Recipe) -> str:
     return f"sqlite:///{recipe.run.storage.removeprefix('file://')}/mlflow.db"
 
 
-def unreachable(uri: str) -> str:
-    """Why a tracking store does not answer within seconds; empty where it does."""
-    import mlflow
-
-    _quiet()
-    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # by default it would be asked for minutes
-    before = {name: os.environ.get(name) for name in impatient}
-    os.environ.update(impatient)
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Within it a server that does not answer is given up after seconds, not minutes."""
+    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
-        mlflow.MlflowClient(uri).search_experiments(max_results=1)
-        return ""
-    except Exception as error:  # of many libraries
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def unreachable(uri: str) -> str:
+    """Why a tracking store does not answer within seconds; empty where it does."""
+    import mlflow
+
+    _quiet()
+    try:
+        with impatient():
+            mlflow.MlflowClient(uri).search_experiments(max_results=1)
+        return ""
+    except Exception as error:  # of many libraries
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def server(uri: str) -> str | None:

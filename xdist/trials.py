@@ -18,7 +18,7 @@ import xxhash
 
 from xdist import files, recipes, selection, shards, spaces, track, train
 from xdist.config import Recipe
-from xdist.errors import Collapsed
+from xdist.errors import Collapsed, Refused
 from xdist.spaces import Space, Trial
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def run(config: dict[str, Any], search: Recipe, parent: str, worst: float, tell:
         return
     recipe = trial_recipe(search, trial)
     tracking, marker = track.uri_of(search), f"{search.folder}/children/{name}.json"
-    child = track.child(tracking, parent, label(name, trial), logged(recipe, trial), marker)
+    child = _child(search, tracking, parent, label(name, trial), logged(recipe, trial), marker)
     metrics = track.Metrics(tracking, child, f"{search.folder}/children/{name}")
     total, started = shards.order(recipe).total_steps(), time.monotonic()
     before = record["history"][-1] if record["history"] else {"step": 0, "seconds": 0.0}
@@ -72,6 +72,18 @@ def run(config: dict[str, Any], search: Recipe, parent: str, worst: float, tell:
         record["history"].append(lost | {"step": total, "of": total, "seconds": before["seconds"] + time.monotonic() - started})
         files.write_json(uri, record | {"outcome": "collapsed", "error": str(error)})
         tell(record["history"][-1])
+
+
+def _child(search: Recipe, *arguments: Any) -> str:
+    """The trial's MLflow run; where MLflow is away, it is waited for as long as machines are."""
+    deadline = time.monotonic() + 60 * search.cluster.wait_minutes
+    while True:
+        try:
+            return track.child(*arguments)
+        except Exception as error:  # of many libraries
+            if time.monotonic() > deadline:
+                raise Refused(f"track.uri: MLflow is away; cluster.wait_minutes have passed: {error}") from None
+            time.sleep(5)
 
 
 def _keep(checkpoints: str, uri: str, record: dict[str, Any], save: Callable[[str], None]) -> None:

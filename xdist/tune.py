@@ -252,7 +252,7 @@ def _follower(search: Recipe, space: Space, count: int, parent: str) -> Any:
             values = [sign(space) * (other.last_result or {}).get(space.metric, -sign(space) * math.inf) for other in ended]
             best = "   best so far" if math.isfinite(max(values)) and values[ended.index(trial)] == max(values) else ""
             say(f"{self._line(trial, result)}   {record['outcome']}, {len(ended)} of {count}{best}")
-            with contextlib.suppress(Exception):  # where MLflow is away for a while; when all trials have ended, they all are ended
+            with contextlib.suppress(Exception), track.impatient():  # MLflow may be away; when all trials have ended, they all are told
                 _end_children(search, [row(record, space)], parent)
 
     return Follower()
