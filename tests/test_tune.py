@@ -38,14 +38,17 @@ def loaded(path: str, recipe: Recipe) -> Space:
     return spaces.load(path, recipes.read_yaml(path, "space", "tune_spaces/"), recipe)
 
 
-def children(search: Recipe) -> dict[tuple[str, str], Any]:
-    """The MLflow runs of a search's trials, by learning rate and sample."""
+def children(search: Recipe) -> list[Any]:
+    """The MLflow runs of a search's trials."""
     parent = files.read_json(f"{search.folder}/mlflow.json")["run_id"]
     client = mlflow.MlflowClient(track.uri_of(search))
-    found = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
-    by_settings = {(run.data.params["train.lr"], run.data.params["data.sample"]): run for run in found}
-    assert len(by_settings) == len(found)
-    return by_settings
+    return list(client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"))
+
+
+def by_settings(runs: list[Any]) -> dict[tuple[str, str], Any]:
+    found = {(run.data.params["train.lr"], run.data.params["data.sample"]): run for run in runs}
+    assert len(found) == len(runs)
+    return found
 
 
 def test_a_search_from_corpus_to_best_recipe(
@@ -82,7 +85,7 @@ def test_a_search_from_corpus_to_best_recipe(
     assert parent.info.run_name == "tiny-grid"
     assert parent.data.metrics["search/trials"] == 4
     assert parent.data.metrics["search/steps"] == 32
-    found = children(search)
+    found = by_settings(children(search))
     assert found.keys() == {(str(lr), str(sample)) for lr, sample in settings}
     for row in rows:
         run = found[str(row["settings"]["train.lr"]), str(row["settings"]["data.sample"])]
@@ -102,7 +105,7 @@ def test_a_search_from_corpus_to_best_recipe(
     assert "step " not in capsys.readouterr().out.split("trial  ")[0]
     assert sorted(path.name for path in Path(recipe.run.storage, "store").rglob("*")) == store
     assert not files.exists(unsent)
-    again = children(search)
+    again = by_settings(children(search))
     assert again.keys() == found.keys()
     assert {run.info.status for run in again.values()} == {"FINISHED"}
     assert (

@@ -65,7 +65,7 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
 
 def _mend_notes(folder: str) -> None:
     """Make right what a kill left: Ray Train goes by the notes that it makes of whole checkpoints. Where it was killed while it wrote
-    them, `_keep_notes` has those before; checkpoints that they do not name were being uploaded, and are removed."""
+    them, our copy has those before; checkpoints that they do not name were being uploaded, and are removed."""
     notes, kept = f"{folder}/{NOTES}", f"{folder}/{KEPT_NOTES}"
     try:
         state = files.read_json(notes)
