@@ -189,6 +189,9 @@ def test_folders_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pyte
     assert remote.folder == "s3://b/runs/run"
     assert remote.located("a.tsv") == "s3://b/d/a.tsv"
     assert recipes.load(recipe(tmp_path, "teacher: {model: tmp}")).teacher.model == "tmp"
+    (tmp_path / "teacher").mkdir()  # a folder of that name is not what student.base: teacher means
+    found = recipes.load(recipe(tmp_path, "teacher: {model: teacher}"))
+    assert (found.teacher.model, found.student.base) == (f"{tmp_path}/teacher", "teacher")
 
 
 def test_languages_of_a_task() -> None:

@@ -166,14 +166,14 @@ def await_room(settings: Cluster, count: int, cpus: float, gpus: float, purpose:
         while not group.wait(2):
             now, total = time.monotonic(), ray.cluster_resources()
             there = ", ".join(f"{total.get(name, 0):g} {name}" for name in each)
+            if now - said > 60 and now - started > 4:
+                say(f"{purpose:<9} waits for machines: it asks for {asked}; the cluster has {there}")
+                said = now
             if now - started > 60 * settings.wait_minutes:
                 raise Refused(
                     f"cluster.wait_minutes: {settings.wait_minutes:g} minutes did not bring what {purpose} asks for, {asked}; the cluster "
                     f"has {there}, part of it perhaps in use. Ask for less (cluster.workers, cluster.gpus_per_worker) or add machines"
                 )
-            if now - said > 60 and now - started > 4:
-                say(f"{purpose:<9} waits for machines: it asks for {asked}; the cluster has {there}")
-                said = now
     finally:
         remove_placement_group(group)
 

@@ -105,7 +105,8 @@ def _anchored(settings: dict[str, Any]) -> Recipe:
     for section, key in (("run", "storage"), ("data", "root")):
         settings[section][key] = absolute(settings[section][key])
     for section, key in (("teacher", "model"), ("student", "base")):
-        if os.path.isdir(settings[section][key]):
+        means_teacher = section == "student" and settings[section][key] == "teacher"  # and no folder that happens to have that name
+        if os.path.isdir(settings[section][key]) and not means_teacher:
             settings[section][key] = os.path.abspath(settings[section][key])
     return Recipe(**settings)
 
