@@ -105,6 +105,29 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
+LONG: dict[str, Any] = {  # a run that can be killed on its way
+    "train": {"steps": 240, "checkpoint_every": 20, "evaluate_every": 120, "log_every": 5},
+    "data": {"shards": 16, "window": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what tests make once for all."""
+    return tmp_path_factory.mktemp("once")
+
+
+@pytest.fixture
+def undisturbed(make_recipe: MakeRecipe, ray_cluster: None, once: Path) -> Path:
+    """The folder of a LONG run that was left alone."""
+    from xdist import pipeline
+
+    recipe = make_recipe(run={"name": "undisturbed", "storage": str(once / "undisturbed")}, **LONG)
+    if not Path(recipe.folder, "student").exists():
+        pipeline.distill(recipe)
+    return Path(recipe.folder)
+
+
 @pytest.fixture
 def make_recipe(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
     """Make a recipe on a corpus of 400 sentences in en, es and de; keyword arguments replace or add keys of sections."""

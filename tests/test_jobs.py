@@ -21,6 +21,7 @@ import pytest
 from conftest import MakeRecipe, as_file, assert_equal_weights, free_ports, steps, wait_for
 from test_pipeline import read_if_there
 
+from xdist import launch
 from xdist.config import Recipe
 
 pytest.importorskip("aiohttp_cors", reason="Ray has no job server here: pip install -e '.[cluster]'")
@@ -129,9 +130,9 @@ def submitted(head: Head, recipe_file: Path, name: str) -> Iterator[tuple[subpro
 
 
 def noted(recipe: Recipe) -> int:
-    """The step of the newest checkpoint that Ray Train has noted; 0 before there is one."""
+    """The step of the newest checkpoint that is noted, whenever the job is killed; 0 before there is one."""
     folder = Path(recipe.folder, "checkpoints")
-    names = re.findall(rb"checkpoint_2[\d._-]+", read_if_there(folder / "checkpoint_manager_snapshot.json"))
+    names = re.findall(rb"checkpoint_2[\d._-]+", read_if_there(folder / launch.KEPT_NOTES))
     states = [read_if_there(folder / name.decode() / "state.json") for name in names]
     return max((json.loads(state)["position"]["step"] for state in states if state), default=0)
 

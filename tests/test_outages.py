@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import MakeRecipe, as_file, free_ports, started, wait_for
+from conftest import LONG, MakeRecipe, as_file, free_ports, started, wait_for
 
-from xdist import files
+from xdist import files, recipes
 from xdist.config import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -102,20 +102,19 @@ def distilled(file: Path, log: Path) -> contextlib.AbstractContextManager[subpro
     return started([sys.executable, str(ROOT / "jobs" / "distill.py"), str(file)], log, log.parent)
 
 
-def test_outages_and_a_kill_change_nothing(make_recipe: MakeRecipe, tmp_path: Path, s3: ObjectStore, mlflow_server: Tracking) -> None:
+def test_outages_and_a_kill_change_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, undisturbed: Path, s3: ObjectStore, mlflow_server: Tracking
+) -> None:
     """Everything on object storage, which fails for a while and is slow for a while; the MLflow server is killed and comes back; the
     driver is killed -9. The student is that of a run on a local disk, and no number is missing from its curves."""
     import mlflow
 
-    train = {"steps": 240, "checkpoint_every": 20, "evaluate_every": 120, "log_every": 5}
-    local = make_recipe(run={"name": "run"}, train=train)
-    with distilled(as_file(local, tmp_path / "local.yaml"), tmp_path / "local.log") as process:
-        assert process.wait(timeout=400) == 0, (tmp_path / "local.log").read_text()[-3000:]
-
-    data = {"root": "s3://bucket/data"}
+    data = LONG["data"] | {"root": "s3://bucket/data"}
     for path in (tmp_path / "data").iterdir():
         files.write(f"s3://bucket/data/{path.name}", path.read_bytes())
-    remote = make_recipe(run={"name": "run", "storage": "s3://bucket/runs"}, data=data, train=train, track={"uri": mlflow_server.url})
+    remote = make_recipe(
+        run={"name": "run", "storage": "s3://bucket/runs"}, data=data, train=LONG["train"], track={"uri": mlflow_server.url}
+    )
     file, log = as_file(remote, tmp_path / "remote.yaml"), tmp_path / "remote.log"
     with distilled(file, log) as process:
         wait_for(lambda: files.names(f"{remote.folder}/corpus", ".parquet"), process)
@@ -142,7 +141,7 @@ def test_outages_and_a_kill_change_nothing(make_recipe: MakeRecipe, tmp_path: Pa
         assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
     assert "  step      5 of" not in log.read_text(), "training began anew instead of going on"
 
-    assert files.read(f"{remote.folder}/student/model.safetensors") == Path(local.folder, "student", "model.safetensors").read_bytes()
+    assert files.read(f"{remote.folder}/student/model.safetensors") == Path(undisturbed, "student", "model.safetensors").read_bytes()
     for name in ("report.html", "report.json", "student/README.md", "checkpoints/checkpoint_manager_snapshot.json"):
         assert files.exists(f"{remote.folder}/{name}"), name
     assert not files.exists(f"{remote.folder}/unsent.json")
@@ -154,6 +153,18 @@ def test_outages_and_a_kill_change_nothing(make_recipe: MakeRecipe, tmp_path: Pa
     steps = sorted({point.step for point in client.get_metric_history(run.info.run_id, "train/loss")})
     assert steps == list(range(5, 241, 5))
     assert run.info.status == "FINISHED"
+    search = {"search": {"train.lr": {"grid": [1.0e-3, 1.0e-5]}}, "fixed": {"train.steps": 4, "train.evaluate_every": 2}}
+    for space in (search, {"study": {"sizes": [8], "seeds": 2, "methods": ["student", "tfidf"]}}):
+        (name,) = {"search", "study"} & space.keys()
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(space))
+        command = [sys.executable, str(ROOT / "jobs" / "tune.py"), str(tmp_path / f"{name}.yaml"), str(file)]
+        with started(command, tmp_path / f"{name}.log", tmp_path) as process:
+            assert process.wait(timeout=400) == 0, (tmp_path / f"{name}.log").read_text()[-3000:]
+        parent = files.read_json(f"s3://bucket/runs/run-{name}/mlflow.json")["run_id"]
+        children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+        assert [child.info.status for child in children] == ["FINISHED"] * (2 if name == "search" else 4)
+    assert recipes.load("s3://bucket/runs/run-search/best.yaml").run.name == "run-search-best"
+
     told = [path.read_text() for path in (tmp_path / "remote.log", log)] + [yaml.safe_dump(run.data.params)]
     told += [files.read(f"{remote.folder}/{name}").decode() for name in ("recipe.yaml", "report.html", "report.json")]
     assert not [text for text in told if "planted-" in text]

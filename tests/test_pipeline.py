@@ -16,7 +16,7 @@ import conftest
 import numpy as np
 import pytest
 import yaml
-from conftest import MakeRecipe, all_hashes, as_file, assert_equal_weights, wait_for
+from conftest import LONG, MakeRecipe, all_hashes, as_file, assert_equal_weights, wait_for
 from safetensors.numpy import load_file
 
 from xdist import files, launch, pipeline, track
@@ -27,10 +27,15 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def finished(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> tuple[Recipe, str]:
+def finished(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str], once: Path) -> tuple[Recipe, str]:
+    """A finished run for this test alone, and what was said of it: a copy of the one that is made for all."""
+    storage, said = once / "finished", once / "finished.txt"
+    if not said.exists():
+        pipeline.distill(make_recipe(run={"storage": str(storage)}))
+        said.write_text(capsys.readouterr().out)
     recipe = make_recipe()
-    pipeline.distill(recipe)
-    return recipe, capsys.readouterr().out
+    shutil.copytree(storage, recipe.run.storage)
+    return recipe, said.read_text()
 
 
 def test_whole_way(finished: tuple[Recipe, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,13 +118,12 @@ def test_plan_stops_before_work(make_recipe: MakeRecipe, ray_cluster: None, caps
     assert "texts: es 40%, de 40%, en 20%" in out
 
 
-def test_more_text_embeds_only_what_is_new(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+def test_more_text_embeds_only_what_is_new(make_recipe: MakeRecipe, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     small = {"name": "toy", "path": "corpus.tsv", "source": "en", "target": "{lang}", "max_rows": 150}
     pipeline.embed(make_recipe(data={"corpora": [small]}, run={"name": "first"}))
-    recipe = make_recipe(run={"name": "second"}, data={"shards": 8})  # another count of shards shares the store
-    pipeline.distill(recipe)
-    assert files.read_json(f"{recipe.folder}/embed.json")["cached"] == 150
-    assert files.read_json(f"{recipe.folder}/embed.json")["embedded"] == 250
+    assert "150 sentences embedded, 0 were in the store" in capsys.readouterr().out
+    pipeline.embed(make_recipe(run={"name": "second"}, data={"shards": 8}))  # another count of shards shares the store
+    assert "250 sentences embedded, 150 were in the store" in capsys.readouterr().out
 
 
 def test_another_recipe_under_the_same_name_is_refused(make_recipe: MakeRecipe) -> None:
@@ -272,13 +276,8 @@ def run_to_the_end(recipe_file: Path, folder: Path) -> None:
         assert process.wait(timeout=600) == 0, sorted(folder.glob("log-*.txt"))[-1].read_text()[-3000:]
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    train = {"steps": 240, "checkpoint_every": 20, "evaluate_every": 120, "log_every": 10}
-    data = {"shards": 16, "window": 4}
-    undisturbed = make_recipe(run={"name": "run", "storage": str(tmp_path / "a")}, train=train, data=data)
-    run_to_the_end(as_file(undisturbed, tmp_path / "a.yaml"), tmp_path)
-
-    killed = make_recipe(run={"name": "run", "storage": str(tmp_path / "b")}, train=train, data=data)
+def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe, tmp_path: Path, undisturbed: Path) -> None:
+    killed = make_recipe(run={"name": "run", "storage": str(tmp_path / "b")}, **LONG)
     recipe_file, folder = as_file(killed, tmp_path / "b.yaml"), Path(killed.folder)
     with started(recipe_file, tmp_path) as process:  # mid-embed: some segments are written, not all
         wait_for(lambda: len(list((tmp_path / "b" / "store").glob("*/*.arrow"))) >= 2, process)
@@ -298,6 +297,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_model(make_recipe: MakeRecipe,
     hashes = all_hashes(tmp_path / "b" / "store")
     assert len(hashes) == len(set(hashes)) == 400, "a sentence was embedded twice, or is missing"
     assert not half.exists()
+    assert 1 <= len(list((folder / "checkpoints").glob("checkpoint_2*"))) <= 2, "of 12 checkpoints the newest and the best are kept"
     log = sorted(tmp_path.glob("log-*.txt"))[-1].read_text()
     assert "step     10 of 240" not in log, "training began anew instead of going on"
-    assert_equal_weights(Path(undisturbed.folder), folder)
+    assert_equal_weights(undisturbed, folder)

@@ -36,12 +36,14 @@ class Nodes:
         """As a machine that loses its power."""
         self.cluster.remove_node(self.nodes.pop(place), allow_graceful=False)
 
+    def workers(self, place: int, kind: str) -> list[psutil.Process]:
+        """Worker processes of a node."""
+        raylet = psutil.Process(self.nodes[place].all_processes["raylet"][0].process.pid)
+        return [child for child in raylet.children(recursive=True) if child.cmdline() and child.cmdline()[0].startswith(f"ray::{kind}")]
+
     def kill_worker(self, place: int, kind: str) -> None:
         """kill -9 a worker process of a node."""
-        raylet = psutil.Process(self.nodes[place].all_processes["raylet"][0].process.pid)
-        (worker,) = [
-            child for child in raylet.children(recursive=True) if child.cmdline() and child.cmdline()[0].startswith(f"ray::{kind}")
-        ]
+        (worker,) = self.workers(place, kind)
         os.kill(worker.pid, signal.SIGKILL)
 
     def warn(self, place: int, seconds: int) -> None:
@@ -120,6 +122,7 @@ def test_actors_workers_and_nodes_die(nodes: Nodes, make_recipe: MakeRecipe, tmp
     store = Path(recipe.run.storage, "store")
     with on(nodes, recipe, tmp_path, "launch.RETRIES = 1; ") as job:  # so that the second loss is more than Ray Train would take
         job.wait_for(lambda: len(list(store.glob("*/*.arrow"))) >= 2)
+        assert [len(nodes.workers(place, "MapWorker")) for place in (0, 1)] == [1, 1], "the teacher is not on every node"
         nodes.kill_worker(0, "MapWorker")
         begun = len(list(store.glob("*/*.arrow")))
         job.wait_for(lambda: len(list(store.glob("*/*.arrow"))) >= begun + 2)
@@ -175,5 +178,5 @@ def test_what_would_fail_later_is_refused_at_once(nodes: Nodes, make_recipe: Mak
     greedy = make_recipe(cluster={"num_cpus": None, "gpus_per_worker": 1, "wait_minutes": 0.1})
     with on(nodes, greedy, tmp_path) as job:
         assert job.process.wait(timeout=200) == 1
-    assert "embed     waits for machines: it asks for 1 × 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU" in job.said()
-    assert "cluster.wait_minutes: 0.1 minutes did not bring what embed asks for, 1 × 1 CPU, 1 GPU" in job.said()
+    assert "plan      waits for machines: it asks for 1 × 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU" in job.said()
+    assert "cluster.wait_minutes: 0.1 minutes did not bring what plan asks for, 1 × 1 CPU, 1 GPU" in job.said()

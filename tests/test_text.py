@@ -104,6 +104,19 @@ def test_match_key_survives_punctuation_anywhere(letters: str) -> None:
         assert keys(letters) == keys(" ".join(letters) if letters.isascii() else f"¡{letters}… —«»")
 
 
+@given(st.lists(st.text(), max_size=8))
+def test_match_keys_of_many_are_those_of_each(texts: list[str]) -> None:
+    """By the definition, character after character, of texts as `clean` leaves them."""
+    column = text.clean(pa.array(texts, pa.string()))
+
+    def key(row: str) -> str:
+        letters = "".join(character for character in row.lower() if character.isalnum() or not character.isascii())
+        folded = unicodedata.normalize("NFKC", letters).casefold()
+        return "".join(character for character in folded if character.isalnum() or unicodedata.category(character).startswith("M")) or row
+
+    assert text.match_keys(column).tolist() == [text.text_hash(key(row)) for row in column.to_pylist()]
+
+
 def test_the_holdout_order_is_another_hash() -> None:
     hashes = np.arange(2000, dtype=np.uint64)
     order = text.holdout_order(hashes)

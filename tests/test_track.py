@@ -42,6 +42,28 @@ def test_corpora_of_any_place_are_logged_with_digest_and_rows(run: str) -> None:
     assert "memory://bucket/pairs.tsv" in found["store"].source
 
 
+def test_a_child_is_opened_once_and_told_the_rest(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow goes away between a child's birth and its parameters; the store loses the child later."""
+    uri, marker, settings = f"sqlite:///{tmp_path}/mlflow.db", f"{tmp_path}/child.json", {"train.lr": 0.1, "train.steps": 5}
+    client = mlflow.MlflowClient(uri)
+
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as outage:
+        outage.setattr(mlflow.MlflowClient, "log_batch", away)
+        with pytest.raises(ConnectionError):
+            track.child(uri, run, "000", settings, marker)
+    child, new = track.child(uri, run, "000", settings, marker)
+    assert not new
+    assert client.get_run(child).data.params == {"train.lr": "0.1", "train.steps": "5"}
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == run
+    client.delete_run(child)
+    other, new = track.child(uri, run, "000", settings, marker)
+    assert new
+    assert other != child
+
+
 def test_a_server_is_looked_at_where_it_is() -> None:
     assert track.view("http://mlflow:5000") == "http://mlflow:5000"
     assert track.view("sqlite:////runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"

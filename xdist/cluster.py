@@ -227,12 +227,13 @@ def _address(settings: Cluster) -> str | None:
 
 
 def teacher_actors(settings: Cluster) -> int:
-    """How many teacher actors to start: one per GPU, else one per machine with CPUs, or as many as training workers."""
+    """How many teacher actors to start, now that there is room for one: one per GPU; without GPUs one per machine that has room, or as
+    many as training workers if these are more."""
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    machines = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    return settings.teacher_actors or gpus or max(machines, settings.workers[1])
+    (cpus, gpus), total = resources(settings), int(ray.cluster_resources().get("GPU", 0))
+    machines = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= cpus)
+    return settings.teacher_actors or (max(1, total) if gpus else max(machines, settings.workers[1]))
 
 
 def _as_long_as_the_driver() -> dict[str, Any]:

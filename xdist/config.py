@@ -336,7 +336,7 @@ class Cluster(Section):
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of a training worker or teacher actor; 1 where the cluster has any when not given."""
     teacher_actors: int | None = Field(default=None, ge=1)
-    """Teacher actors; when not given, one per GPU, or, where there are none, one per machine and as many as workers."""
+    """Teacher actors; when not given, one per GPU, or, without GPUs, one per machine, or as many as workers if these are more."""
     wait_minutes: float = Field(default=30, ge=0)
     """How long a cluster may take to start the machines that a stage asks for, before the job gives up."""
     verbose: bool = False

@@ -35,7 +35,8 @@ def teacher_folder(recipe: Recipe) -> str:
 def place(recipe: Recipe) -> str:
     """Where the fine-tuned teacher is kept: once for all runs and trials that ask for the same one."""
     rows = _rows(recipe)
-    asked = [recipe.teacher.model_dump(), recipe.finetune.model_dump(), recipe.train.clip, recipe.run.seed, rows["text"], rows["label"]]
+    settings = [recipe.teacher.model_dump(), recipe.finetune.model_dump(), recipe.run.seed]
+    asked = [*settings, recipe.train.clip, recipe.train.precision, recipe.train.attention, rows["text"], rows["label"]]
     return f"{recipe.run.storage}/teachers/{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
 
 
@@ -44,12 +45,9 @@ def _rows(recipe: Recipe) -> tasks.Rows:
     return tasks.read(recipe, task, "train", recipe.data.source_language)
 
 
-def load(recipe: Recipe) -> Encoder:
-    """The teacher that teaches, as an encoder."""
-    return _load(recipe, teacher_folder(recipe))
-
-
-def _load(recipe: Recipe, folder: str) -> Encoder:
+def load(recipe: Recipe, folder: str = "") -> Encoder:
+    """The teacher that teaches, or another one that lies in `folder`, as an encoder."""
+    folder = folder or teacher_folder(recipe)
     return encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, recipe.teacher.prompt)
 
 
@@ -70,7 +68,7 @@ def _make(item: cluster.Item, board: cluster.RemoteBoard, settings: dict[str, An
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
-    teacher = _load(recipe, encoder.located(recipe.teacher))
+    teacher = load(recipe, encoder.located(recipe.teacher))
     rows, longest = _rows(recipe), recipe.teacher.max_length
     start = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=longest), rows["label"])
     seen = functools.partial(board.count, "sentences")

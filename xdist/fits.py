@@ -51,7 +51,7 @@ def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
     on_frozen = [unit for unit in wanted if not unit["method"].endswith(TUNED)]
     tuned = [unit | {"size": size} for unit in wanted if unit not in on_frozen for size, _ in sizes(recipe, study, unit)]
     cpus, gpus = cluster.resources(recipe.cluster)
-    training = {"cpus": cpus, "gpus": gpus, "actors": cluster.teacher_actors(recipe.cluster), "threads": 0 if gpus else cpus}
+    training: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "threads": 0 if gpus else cpus}
     for stage, todo, counted, work, options in (
         ("zero-shot", heads, "tasks", Fitter, {"actors": cluster.cores(), "cpus": 1}),
         ("fit", on_frozen, "heads", Fitter, {"actors": cluster.cores(), "cpus": 1}),
@@ -60,6 +60,7 @@ def run(recipe: Recipe, study: Study, folder: str) -> list[Row]:
         waiting = [unit for unit in todo if not files.exists(uri(folder, unit))]
         if waiting and work is Tuner:
             cluster.await_room(recipe.cluster, 1, cpus, gpus, stage)
+            options = options | {"actors": cluster.teacher_actors(recipe.cluster)}
         if waiting:
             with Progress(stage, counted, sum(_fits(recipe, study, unit) for unit in waiting)) as progress:
                 for _ in cluster.stream(waiting, work, progress, **options, **arguments):

@@ -60,15 +60,15 @@ def _group_shard(folder: str, shard: int, rows: pa.Table) -> None:
 
 def _counts(folder: str, shard: int) -> dict[str, Any]:
     table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
-    languages, corpora = (table[name].combine_chunks().flatten().to_pylist() for name in ("languages", "corpora"))
+    pairs = pa.table({name: table[name].combine_chunks().flatten() for name in ("corpora", "languages")})
     by_corpus: dict[str, collections.Counter[str]] = {}
-    for (name, lang), count in collections.Counter(zip(corpora, languages, strict=True)).items():
-        by_corpus.setdefault(name, collections.Counter())[lang] = count
+    for entry in pairs.group_by(["corpora", "languages"], use_threads=False).aggregate([([], "count_all")]).to_pylist():
+        by_corpus.setdefault(entry["corpora"], collections.Counter())[entry["languages"]] = entry["count_all"]
     return {
         "shard": shard,
         "sentences": len(table),
-        "pairs": len(languages),
-        "languages": collections.Counter(languages),
+        "pairs": len(pairs),
+        "languages": sum(by_corpus.values(), collections.Counter()),
         "by_corpus": by_corpus,
         "digests": _digests(table),
         "duplicates": files.read_json(f"{folder}/parts/duplicates-{shard:05d}.json"),
@@ -80,7 +80,7 @@ def _digests(table: pa.Table) -> dict[str, int]:
     sizes = pc.list_value_length(table["texts"]).to_numpy()
     corpora = table["corpora"].combine_chunks().flatten().dictionary_encode()
     pairs = np.repeat(table["hash"].to_numpy(), sizes) * np.uint64(31)
-    pairs ^= text.text_hashes(table["texts"].combine_chunks().flatten().to_pylist())
+    pairs ^= text.text_hashes(table["texts"].combine_chunks().flatten())
     places = corpora.indices.to_numpy()
     return {name: int(pairs[places == place].sum()) for place, name in enumerate(corpora.dictionary.to_pylist())}
 

@@ -35,7 +35,6 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     workers = f"{most}" if least == most else f"{least} to {most}"
     say(f"train     {total:,} steps of {recipe.train.batch_tokens:,} tokens on {workers} worker(s)")
     cluster.await_room(recipe.cluster, least, cpus, gpus, "train")
-    _mend_notes(f"{recipe.folder}/checkpoints")
     starts: list[int] = []
 
     def show(_: int, __: float, lines: list[dict[str, Any]]) -> None:
@@ -48,6 +47,7 @@ def train(recipe: Recipe, run_id: str, tracking_uri: str) -> str:
     with cluster.watched(show) as board:
         given = {"settings": recipe.model_dump(mode="json"), "board": board, "run_id": run_id, "tracking_uri": tracking_uri}
         while True:
+            _mend_notes(f"{recipe.folder}/checkpoints")
             try:
                 result = _fit(_trainer(recipe, given | {"threads": 0 if gpus else cpus}, cpus, gpus))
                 break
@@ -74,6 +74,10 @@ def _mend_notes(folder: str) -> None:
         state = files.read_json(kept) if files.exists(kept) else {}
         if state:
             files.write_json(notes, state)
+    if state:
+        files.write_json(kept, state)  # Ray Train may have noted more before it was killed
+    elif files.folders(folder):
+        say("train     no whole checkpoint was noted; training begins at its first step")
     noted = [entry["checkpoint_dir_name"] for key in ("checkpoint_results", "pending_training_results") for entry in state.get(key, [])]
     for name in files.folders(folder):
         if name.startswith("checkpoint_") and name not in noted:

@@ -46,14 +46,16 @@ def settle(recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def _at_work(recipe: Recipe, tracked: bool = True) -> Iterator[None]:
-    """Ray for the length of the context, with the run's folder kept to this job and all machines looked at; `tracked` if the job writes
-    to MLflow."""
+def _at_work(recipe: Recipe, tracked: bool = True, encodes: bool = True) -> Iterator[None]:
+    """Ray for the length of the context, with the run's folder kept to this job and all machines looked at: `tracked` if the job writes
+    to MLflow, and if it `encodes` there must be room for a worker."""
     from xdist import preflight
 
     with cluster.connected(recipe.cluster), contextlib.ExitStack() as stack:
         if not files.is_local(recipe.run.storage):  # where it is, `settle` holds a lock
             stack.enter_context(cluster.held(recipe.folder))
+        if encodes:
+            cluster.resources(recipe.cluster)
         preflight.check(recipe, tracked)
         yield
 
@@ -61,7 +63,7 @@ def _at_work(recipe: Recipe, tracked: bool = True) -> Iterator[None]:
 def prepare(recipe: Recipe) -> Prepared:
     """Clean, group and shard the corpora."""
     settle(recipe)
-    with _at_work(recipe, tracked=False):
+    with _at_work(recipe, tracked=False, encodes=False):
         return _prepare(recipe)
 
 
@@ -77,7 +79,8 @@ def _teacher(recipe: Recipe) -> tuple[str, Any, Any]:
     from xdist import encoder, finetune
 
     finetune.finetune(recipe)
-    folder, teacher = finetune.teacher_folder(recipe), finetune.load(recipe)
+    folder = finetune.teacher_folder(recipe)
+    teacher = finetune.load(recipe, folder)
     return folder, teacher, encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
 
 
@@ -94,14 +97,12 @@ def embed(recipe: Recipe) -> None:
 
 def distill(recipe: Recipe, plan: bool = False) -> None:
     """Everything: from corpora to report. With `plan`, stop after the plan."""
-    from xdist import encoder, report, student, tasks, track
+    from xdist import report, student, track
     from xdist.store import VectorStore
 
     started = time.monotonic()
     settle(recipe)
-    tasks.check(recipe)
-    encoder.located(recipe.teacher)
-    student.base_folder(recipe.student, recipe.teacher, "")
+    _check(recipe)
     with _at_work(recipe):
         prepared = _prepare(recipe)
         folder, teacher, fingerprint = _teacher(recipe)
@@ -119,10 +120,18 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
     say(next_steps(time.monotonic() - started, _next(recipe)))
 
 
+def _check(recipe: Recipe) -> None:
+    """Raises Refused where evaluation files, the teacher or the student's checkpoint cannot be read, before anything is done."""
+    from xdist import encoder, student, tasks
+
+    tasks.check(recipe)
+    student.base_folder(recipe.student, recipe.teacher, encoder.located(recipe.teacher))
+
+
 def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, store: Any) -> None:
     from xdist import planning, preflight
 
-    plan = planning.make(recipe, prepared, teacher, store, cluster.at_once(recipe.cluster))
+    plan = planning.make(recipe, prepared, teacher, store)
     planning.write(recipe, plan)
     planning.show(recipe, plan)
     preflight.room(recipe, plan)
@@ -189,12 +198,12 @@ def _log_unit(named: Recipe, parent: str, unit: dict[str, str], name: str, found
     from xdist import study_report, track
 
     uri = track.uri_of(named)
-    run_id = track.child(uri, parent, name, unit, f"{named.folder}/children/{name}.json")
+    run_id, _ = track.child(uri, parent, name, unit, f"{named.folder}/children/{name}.json")
     track.ended(uri, run_id, "FINISHED", study_report.points(found, unit))
 
 
 def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
-    from xdist import findings, spaces, tasks, track
+    from xdist import findings, spaces, track
     from xdist import tune as searching
 
     started = time.monotonic()
@@ -202,9 +211,11 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
     search = searching.search_recipe(recipe, wanted)
     settle(search)
     _settle_space(search, wanted.model_dump(mode="json"))
-    tasks.check(search)
+    variants = searching.prepared_recipes(search, wanted)
+    for variant in variants:
+        _check(variant)
     with _at_work(search):
-        for variant in searching.prepared_recipes(search, wanted):
+        for variant in variants:
             _make_ready(variant)
         searching.check(search, wanted)
         with track.run(search, "tune") as run_id:

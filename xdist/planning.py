@@ -51,9 +51,8 @@ class Plan:
     token_lengths: dict[str, list[int]]
 
 
-def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, store: VectorStore, at_once: tuple[int, int]) -> Plan:
-    """Probe teacher and untrained student on a sample of the corpus; `at_once` teacher actors and training workers share the work.
-    Needs a connected Ray."""
+def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, store: VectorStore) -> Plan:
+    """Probe teacher and untrained student on a sample of the corpus. Needs a connected Ray."""
     cached = prepared.sentences - sum(missing_per_shard(recipe, prepared, store))
     student = _untrained(recipe)
     sources, texts = _sample(recipe, prepared.shards)
@@ -67,6 +66,7 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, store: VectorStor
     seen = _seen(recipe, prepared)
     per_epoch = sum(count * float(np.mean(lengths[lang])) for lang, count in seen.items() if lang in lengths)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch / recipe.train.batch_tokens))
+    actors, workers = cluster.at_once(recipe.cluster)  # once the machine for the probe is there
     vector, parameters = 2 * teacher.dimension, sum(parameter.numel() for parameter in student.parameters())
     return Plan(
         rows_read=prepared.rows_read,
@@ -86,8 +86,8 @@ def make(recipe: Recipe, prepared: Prepared, teacher: Encoder, store: VectorStor
         teacher_sentences_per_second=rates.teacher,
         student_tokens_per_second=rates.student,
         arithmetic=rates.arithmetic,
-        embed_seconds=(prepared.sentences - cached) / rates.teacher / at_once[0],
-        train_seconds=steps * recipe.train.batch_tokens / rates.student / at_once[1],
+        embed_seconds=(prepared.sentences - cached) / rates.teacher / actors,
+        train_seconds=steps * recipe.train.batch_tokens / rates.student / workers,
         token_lengths={lang: np.bincount(np.minimum(found, recipe.student.max_length)).tolist() for lang, found in lengths.items()},
     )
 

@@ -24,12 +24,9 @@ SHARE = "set run.storage to what all machines share: s3://…, gs://…, a share
 
 
 def check(recipe: Recipe, tracked: bool) -> None:
-    """Ask every machine; if the job is `tracked`, which those are that train or measure, also about MLflow and what workers need. Needs
-    a connected Ray. Raises Refused with all that was found."""
+    """Ask every machine; about MLflow too, if the job is `tracked`. Needs a connected Ray. Raises Refused with all that was found."""
     from xdist import track
 
-    if tracked:
-        cluster.resources(recipe.cluster)
     server = track.server(track.uri_of(recipe)) if tracked else None
     if server and (away := track.unreachable(server)):
         raise Refused(f"track.uri: MLflow cannot be reached at {server}: {away}; start it, or give another")

@@ -27,7 +27,7 @@ STABLE = (
 _UNTIDY = rf"^ |  | $|[^ {STABLE}]"
 
 _LOWER = bytes(range(256)).lower()
-_NOT_WORD_ASCII = bytes(code for code in range(128) if not chr(code).isalnum())
+_NOT_WORD_ASCII = bytes(code for code in range(128) if not chr(code).isalnum() and chr(code) != "\n")
 
 
 def clean(column: pa.Array) -> pa.Array:
@@ -59,29 +59,20 @@ def _hashes(encoded: list[bytes]) -> np.ndarray:
 
 
 def match_keys(column: pa.Array) -> np.ndarray:
-    """Hash of letters, marks and digits alone (NFKC, case folded), shape (n,), uint64: equal for texts that only differ in
-    case, spacing or punctuation. A text without any letter or digit stands for itself. Decontamination compares these."""
-    return _hashes([_key(raw) for raw in column.cast(pa.binary()).to_pylist()])
+    """Hash of letters, marks and digits alone (NFKC, case folded), shape (n,), uint64: equal for cleaned texts that only differ in
+    case, spacing or punctuation. A text without any letter or digit stands for itself. Decontamination compares these.
 
-
-def _key(raw: bytes) -> bytes:
-    key = raw.translate(_LOWER, _NOT_WORD_ASCII)
-    if not key.isascii():
-        text = unicodedata.normalize("NFKC", key.decode()).casefold()
-        key = (text if text.isalnum() else text.translate(_WORDS)).encode()
-    return key or raw
-
-
-class _Words(dict[int, int | None]):
-    """A table for str.translate that drops what is no letter, mark or digit; filled as characters turn up."""
-
-    def __missing__(self, code: int) -> int | None:
-        character = chr(code)
-        self[code] = code if character.isalnum() or unicodedata.category(character).startswith("M") else None
-        return self[code]
-
-
-_WORDS = _Words()
+    Works on all texts as one, a line each: no step joins or parts lines.
+    """
+    rows = column.cast(pa.binary()).to_pylist()
+    keys = b"\n".join(rows).translate(_LOWER, _NOT_WORD_ASCII)
+    if not keys.isascii():
+        folded = unicodedata.normalize("NFKC", keys.decode()).casefold()
+        for character in set(folded) - {"\n"}:
+            if not (character.isalnum() or unicodedata.category(character).startswith("M")):
+                folded = folded.replace(character, "")
+        keys = folded.encode()
+    return _hashes([key or row for key, row in zip(keys.split(b"\n"), rows, strict=True)] if rows else [])
 
 
 def sampled(hashes: np.ndarray, share: float) -> np.ndarray:

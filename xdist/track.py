@@ -18,6 +18,7 @@ from xdist.config import Recipe
 from xdist.errors import Refused
 
 LIMIT = 500  # characters of a parameter's value
+Point = tuple[str, float, int, int]  # metric, value, milliseconds, step
 
 
 def uri_of(recipe: Recipe) -> str:
@@ -95,13 +96,6 @@ def _holds(client: Any, run_id: str) -> bool:
         raise
 
 
-def held(uri: str, marker: str) -> bool:
-    """Whether a tracking store has the run that a marker names."""
-    import mlflow
-
-    return files.exists(marker) and _holds(mlflow.MlflowClient(uri), files.read_json(marker)["run_id"])
-
-
 @contextlib.contextmanager
 def run(recipe: Recipe, job: str) -> Iterator[str]:
     """The MLflow run of this job for the length of the context: a new one, or the one that an earlier start of the same
@@ -135,33 +129,37 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
         ) from None
 
 
-def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: str) -> str:
-    """The id of a trial's run beneath a search's: the one that `marker` names, if an earlier start of the trial opened it."""
+def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: str) -> tuple[str, bool]:
+    """The id of a trial's run beneath a search's, and whether it is new: the store did not have the one that `marker` names."""
     import mlflow
+    from mlflow.entities import Param
 
     _quiet()
     client = mlflow.MlflowClient(uri)
-    if held(uri, marker):
-        run_id = str(files.read_json(marker)["run_id"])
-        client.update_run(run_id, status="RUNNING")
-        return run_id
-    tags = {"mlflow.parentRunId": parent, "xdist.job": "trial"}
-    run_id = client.create_run(client.get_run(parent).info.experiment_id, run_name=name, tags=tags).info.run_id
-    for key, value in settings.items():
-        client.log_param(run_id, key, str(value)[:LIMIT])
-    files.write_json(marker, {"run_id": run_id})
-    return str(run_id)
+    run_id = str(files.read_json(marker)["run_id"]) if files.exists(marker) else ""
+    new = not (run_id and _holds(client, run_id))
+    if new:
+        tags = {"mlflow.parentRunId": parent, "xdist.job": "trial"}
+        run_id = str(client.create_run(client.get_run(parent).info.experiment_id, run_name=name, tags=tags).info.run_id)
+        files.write_json(marker, {"run_id": run_id})
+    client.log_batch(run_id, params=[Param(key, str(value)[:LIMIT]) for key, value in settings.items()])
+    return run_id, new
+
+
+def goes_on(uri: str, run_id: str) -> None:
+    """A trial's run is RUNNING, whatever it was before."""
+    import mlflow
+
+    mlflow.MlflowClient(uri).update_run(run_id, status="RUNNING")
 
 
 def ended(uri: str, run_id: str, status: str, points: Iterable[tuple[str, int, float]]) -> None:
-    """End a trial's run, as FINISHED or FAILED, with its last (metric, step, value)."""
+    """End a trial's run, as FINISHED, FAILED or KILLED, with its last (metric, step, value)."""
     import mlflow
-    from mlflow.entities import Metric
 
-    _quiet()
-    client, now = mlflow.MlflowClient(uri), int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, step, value in points])
-    client.set_terminated(run_id, status)
+    now = int(time.time() * 1000)
+    _log_batch(uri, run_id, [(name, value, now, step) for name, step, value in points])
+    mlflow.MlflowClient(uri).set_terminated(run_id, status)
 
 
 def log_corpora(recipe: Recipe, pairs: dict[str, int], digests: dict[str, str]) -> None:
@@ -222,19 +220,16 @@ def log_model(folder: str, example: list[str], trust_remote_code: bool = False) 
 
 
 class Metrics:
-    """Curves from training's rank 0, by run id, sent by a thread of its own so that training does not wait.
+    """Curves from training's rank 0, by run id, sent by a thread of its own so that training does not wait, not even for the import of
+    MLflow.
 
     What cannot be sent is kept, in `folder` as well, and tried again: by this object, by the next one of the same run, or by
     `send_kept`.
     """
 
     def __init__(self, uri: str, run_id: str, folder: str):
-        import mlflow
-        from mlflow.entities import Metric
-
-        _quiet()
-        self.client, self.run_id, self.kept = mlflow.MlflowClient(uri), run_id, f"{folder}/unsent.json"
-        self.waiting: list[Any] = [Metric(*point) for point in files.read_json(self.kept)] if files.exists(self.kept) else []
+        self.uri, self.run_id, self.kept = uri, run_id, f"{folder}/unsent.json"
+        self.waiting: list[Point] = files.read_json(self.kept) if files.exists(self.kept) else []
         self.is_kept = bool(self.waiting)
         self.lock, self.sending, self.ended = threading.Lock(), threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -242,11 +237,9 @@ class Metrics:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Queue numbers of one step."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         with self.lock:
-            self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+            self.waiting += [(name, float(value), now, step) for name, value in metrics.items()]
 
     def flush(self) -> None:
         """Send what waits, and end the thread."""
@@ -263,7 +256,7 @@ class Metrics:
         with self.sending:
             while batch := self.waiting[:1000]:
                 try:
-                    self.client.log_batch(self.run_id, metrics=batch)
+                    _log_batch(self.uri, self.run_id, batch)
                 except Exception as error:  # the server is away: keep the numbers, training goes on
                     logging.getLogger(__name__).warning("MLflow did not take %d metrics: %s", len(batch), type(error).__name__)
                     self.keep()
@@ -278,11 +271,19 @@ class Metrics:
     def keep(self) -> None:
         """Write what waits to `folder`, for the next one."""
         with self.lock:
-            points = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self.waiting]
+            points = list(self.waiting)
         with contextlib.suppress(OSError, Refused):  # a storage that is away as well, or full
             if points:
                 files.write_json(self.kept, points)
                 self.is_kept = True
+
+
+def _log_batch(uri: str, run_id: str, points: Iterable[Point]) -> None:
+    import mlflow
+    from mlflow.entities import Metric
+
+    _quiet()
+    mlflow.MlflowClient(uri).log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
 def send_kept(uri: str, run_id: str, folder: str) -> None:

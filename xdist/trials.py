@@ -49,8 +49,10 @@ def run(config: dict[str, Any], search: Recipe, parent: str, worst: float, tell:
         return
     recipe = trial_recipe(search, trial)
     tracking, marker = track.uri_of(search), f"{search.folder}/children/{name}.json"
-    child = _child(search, tracking, parent, label(name, trial), logged(recipe, trial), marker)
+    child, new = _child(search, tracking, parent, label(name, trial), logged(recipe, trial), marker)
     metrics = track.Metrics(tracking, child, f"{search.folder}/children/{name}")
+    for key, step, value in points(record) if new else ():  # the store has lost what it was told
+        metrics.log({key: value}, step)
     total, started = shards.order(recipe).total_steps(), time.monotonic()
     before = record["history"][-1] if record["history"] else {"step": 0, "seconds": 0.0}
 
@@ -74,15 +76,19 @@ def run(config: dict[str, Any], search: Recipe, parent: str, worst: float, tell:
         tell(record["history"][-1])
 
 
-def _child(search: Recipe, *arguments: Any) -> str:
-    """The trial's MLflow run; where MLflow is away, it is waited for as long as machines are."""
+def _child(search: Recipe, tracking: str, *arguments: Any) -> tuple[str, bool]:
+    """The trial's MLflow run, and whether it is new; where MLflow is away, it is waited for as long as machines are."""
     deadline = time.monotonic() + 60 * search.cluster.wait_minutes
     while True:
         try:
-            return track.child(*arguments)
-        except Exception as error:  # of many libraries
+            child, new = track.child(tracking, *arguments)
+            track.goes_on(tracking, child)
+            return child, new
+        except Exception:  # of many libraries
+            if not (away := track.unreachable(tracking)):
+                raise
             if time.monotonic() > deadline:
-                raise Refused(f"track.uri: MLflow is away; cluster.wait_minutes have passed: {error}") from None
+                raise Refused(f"track.uri: MLflow is away, and cluster.wait_minutes have passed: {away}") from None
             time.sleep(5)
 
 
@@ -159,9 +165,21 @@ def row(record: dict[str, Any], space: Space) -> Row:
         "outcome": record["outcome"],
         "error": record.get("error", ""),
         "seconds": last.get("seconds", 0.0),
-        "measures": {name: value for name, value in last.items() if name not in ("step", "of", "seconds")} if counted else {},
+        "measures": _measures(last) if counted else {},
         "curve": [[point["step"], point[space.metric]] for point in history] if counted else [],
     }
+
+
+def _measures(point: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in point.items() if name not in ("step", "of", "seconds")}
+
+
+def points(record: dict[str, Any]) -> list[tuple[str, int, float]]:
+    """What MLflow is told of a trial's evaluations: (metric, step, value)."""
+    history = record["history"][:-1] if record["outcome"] == "collapsed" else record["history"]
+    return [
+        (f"held_out/{name}", point["step"], value) for point in history for name, value in _measures(point).items() if name != "accuracy"
+    ]
 
 
 def ranked(rows: list[Row], space: Space) -> list[Row]:

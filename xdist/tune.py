@@ -264,11 +264,9 @@ def _end_children(search: Recipe, rows: list[Row], parent: str) -> None:
     uri = track.uri_of(search)
     for found in rows:
         folder, settings = f"{search.folder}/children/{found['trial']}", found["settings"]
-        lost = not track.held(uri, f"{folder}.json")
         named, searched = label(found["trial"], settings), trials.logged(trials.trial_recipe(search, settings), settings)
-        run_id = track.child(uri, parent, named, searched, f"{folder}.json")
+        run_id, new = track.child(uri, parent, named, searched, f"{folder}.json")
         track.send_kept(uri, run_id, folder)
         status = {"failed": "FAILED", "unfinished": "KILLED"}.get(found["outcome"] or "unfinished", "FINISHED")
-        measures = found["measures"] if lost else {}
-        points = [(f"held_out/{name}", found["steps"], value) for name, value in measures.items()]
-        track.ended(uri, run_id, status, [*points, ("trial/steps", 0, float(found["steps"]))])
+        lost = trials.points(files.read_json(f"{search.folder}/trials/{found['trial']}.json")) if new else []
+        track.ended(uri, run_id, status, [*lost, ("trial/steps", 0, float(found["steps"]))])
