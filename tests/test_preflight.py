@@ -7,7 +7,7 @@ import pytest
 from conftest import MakeRecipe
 
 from xdist import cluster, planning, preflight
-from xdist.config import Recipe
+from xdist.config import Cluster, Recipe
 from xdist.errors import Refused
 
 VERSIONS = {"Python": "3.11.7", "ray": "2.60.0"}
@@ -34,6 +34,25 @@ def test_problems_name_the_machine_and_the_remedy(other: dict[str, Any], problem
     recipe = Recipe(run={"storage": "/runs"}, teacher={"model": "owner/name"})  # type: ignore[arg-type]
     found = list(preflight._problems(recipe, [("a", finding()), ("b", finding(**other))], VERSIONS, ["driver", "f"]))
     assert [text[: len(problem or "")] for text in found] == ([problem] if problem else [])
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "actors"),
+    [
+        ([{"CPU": 2}], {}, 1),
+        ([{"CPU": 2}], {"workers": 2}, 2),  # two share its cores
+        ([{"CPU": 2}, {"CPU": 8}, {"CPU": 8}, {}], {}, 2),  # each takes 8 cores; the head has none
+        ([{"CPU": 4}] * 4, {"gpus_per_worker": 1}, 1),  # the machines are prepare's; those with a GPU are yet to come
+        ([{"CPU": 4}] * 4 + [{"CPU": 8, "GPU": 4}], {}, 4),
+        ([{"CPU": 2}], {"teacher_actors": 5}, 5),
+    ],
+)
+def test_teacher_actors_go_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]], settings: dict[str, Any], actors: int
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": machine} for machine in machines])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {key: sum(found.get(key, 0) for found in machines) for key in ("CPU", "GPU")})
+    assert cluster.teacher_actors(Cluster(address="here", **settings)) == actors
 
 
 def test_a_machine_looks(make_recipe: MakeRecipe, tmp_path: Path) -> None:
