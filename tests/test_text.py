@@ -1,6 +1,7 @@
 """Normalisation and hashes, against values worked out by hand and Python's own unicodedata."""
 
 import re
+import time
 import unicodedata
 
 import numpy as np
@@ -115,6 +116,15 @@ def test_match_keys_of_many_are_those_of_each(texts: list[str]) -> None:
         return "".join(character for character in folded if character.isalnum() or unicodedata.category(character).startswith("M")) or row
 
     assert text.match_keys(column).tolist() == [text.text_hash(key(row)) for row in column.to_pylist()]
+
+
+def test_thousands_of_different_symbols_take_no_longer() -> None:
+    """Hostile text: every private character there is, in every row."""
+    symbols = "".join(map(chr, range(0xE000, 0xF8FF)))
+    started = time.process_time()
+    found = keys(*(f"{symbols}né{number}" for number in range(200)))
+    assert time.process_time() - started < 2  # a pass over the text for each symbol takes ten times as long
+    assert found == keys(*(f"NÉ {number}" for number in range(200)))
 
 
 def test_the_holdout_order_is_another_hash() -> None:

@@ -4,6 +4,7 @@ All functions are pure. `clean` and `match_keys` work on whole Arrow columns: th
 first searched for rows that need work, which costs a fifth of working on them all.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -68,10 +69,8 @@ def match_keys(column: pa.Array) -> np.ndarray:
     keys = b"\n".join(rows).translate(_LOWER, _NOT_WORD_ASCII)
     if not keys.isascii():
         folded = unicodedata.normalize("NFKC", keys.decode()).casefold()
-        for character in set(folded) - {"\n"}:
-            if not (character.isalnum() or unicodedata.category(character).startswith("M")):
-                folded = folded.replace(character, "")
-        keys = folded.encode()
+        others = [one for one in set(folded) - {"\n"} if not (one.isalnum() or unicodedata.category(one).startswith("M"))]
+        keys = (re.sub(f"[{re.escape(''.join(others))}]+", "", folded) if others else folded).encode()
     return _hashes([key or row for key, row in zip(keys.split(b"\n"), rows, strict=True)] if rows else [])
 
 
