@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from xdist import cluster, files, metrics, tasks
 from xdist.config import Recipe, Task
@@ -43,7 +44,7 @@ def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
     encode(recipe, texts, [{"model": model} for model in MODELS], folder)
     vectors = {model: dict(zip(texts, read_vectors(folder, model), strict=True)) for model in MODELS}
     rows: list[Row] = []
-    with Progress("measure", "scores") as progress:
+    with Progress("measure", "scores") as progress, threadpool_limits(1):  # as in metrics.fit_chosen_head
         for task in recipe.evaluate.tasks:
             for row in _task_rows(recipe, task, vectors):
                 rows.append(row)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import softmax
+from threadpoolctl import threadpool_limits
 
 REGULARISATION = 10.0  # scikit-learn's C where labels are few: unit vectors need a weaker penalty than its default
 REGULARISATIONS = (1.0, 3.0, 10.0, 30.0)
@@ -123,7 +124,8 @@ def chosen_regularisation(vectors: np.ndarray, labels: list[str]) -> float:
 
 def fit_chosen_head(vectors: np.ndarray, labels: list[str]) -> Head:
     """`fit_head` with the regularisation that these rows choose: for heads that many rows are there to fit."""
-    return fit_head(vectors, labels, chosen_regularisation(vectors, labels))
+    with threadpool_limits(1):  # of so small products a second thread makes the whole slower
+        return fit_head(vectors, labels, chosen_regularisation(vectors, labels))
 
 
 def fit_head(vectors: Any, labels: list[str], c: float = REGULARISATION) -> Head:

@@ -243,7 +243,7 @@ def _blocks(grids: Iterator[np.ndarray]) -> tuple[list[tuple[np.ndarray, np.ndar
         ids, inverse = np.unique(grid, return_inverse=True)
         found.append(ids)
         cells.append(inverse.astype(np.int32).reshape(grid.shape))
-    known = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+    known, _ = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_counts=True)  # so it sorts; hashing these is slow
     blocks = [(np.searchsorted(known, ids).astype(np.int32), inverse) for ids, inverse in zip(found, cells, strict=True)]
     return blocks, np.stack([known >> 32, (known & 0xFFFFFFFF) - 1], axis=1)
 
