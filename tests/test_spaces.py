@@ -147,7 +147,11 @@ def test_numbers_as_yaml_spells_them(tmp_path: Path) -> None:
         ({}, {}, "at least 1 item"),
         ({"train.lr": {"grid": [1]}}, {"fixed": {"student": {"layers": [0]}}}, "student is a section of the recipe; name its keys"),
         ({"train.lr": {"uniform": [0.1, 1]}}, {"searcher": "tpe", "seeds": [1]}, "leave seeds out"),
-        ({f"train.loss.{name}": {"grid": [0]} for name in ("cosine", "similarity", "soft_contrastive")}, {}, "all weights are zero"),
+        (
+            {"train.loss.cosine": {"grid": [0, 1]}, "train.loss.similarity": {"grid": [0, 1]}},
+            {"fixed": {"train.loss.soft_contrastive": 0}},
+            "all weights are zero",
+        ),
         ({"student.dropout": {"uniform": [0.5, 1.4]}}, {"samples": 50}, r"student\.dropout: Input should be less than 1"),
         ({"train.lr": {"grid": [1]}}, {"name": "../up"}, "name"),
         ({"train.lr": {"grid": [1]}}, {"schedular": "asha"}, "unknown key; did you mean scheduler"),
@@ -168,7 +172,7 @@ def test_named_entries_and_mappings_are_reached_by_their_dotted_keys() -> None:
     recipe = recipes.load(ROOT / "recipes" / "demo.yaml")
     found = spaces.applied(recipe, {"data.corpora.terms.weight": 5, "train.loss.mse": 2, "train.lr": 0.1})
     assert {corpus.name: corpus.weight for corpus in found.data.corpora} == {"sentences": 6, "terms": 5, "phrases": 1, "everyday": 3}
-    assert found.train.loss == recipe.train.loss | {"mse": 2}
+    assert found.train.loss == {"cosine": 1, "similarity": 10, "soft_contrastive": 0.2, "mse": 2}
     assert recipe.train.lr == 4e-4
 
 

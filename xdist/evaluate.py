@@ -44,7 +44,7 @@ def evaluate(recipe: Recipe, anew: bool = False) -> list[Row]:
     encode(recipe, texts, [{"model": model} for model in MODELS], folder)
     vectors = {model: dict(zip(texts, read_vectors(folder, model), strict=True)) for model in MODELS}
     rows: list[Row] = []
-    with Progress("measure", "scores") as progress, threadpool_limits(1):  # as in metrics.fit_chosen_head
+    with Progress("measure", "scores") as progress:
         for task in recipe.evaluate.tasks:
             for row in _task_rows(recipe, task, vectors):
                 rows.append(row)
@@ -192,7 +192,8 @@ def _few_shot(recipe: Recipe, task: Task, x: Any, labels: list[str], y: Any, tru
         outcomes = []
         for seed in range(FEW_SHOT_SEEDS):
             picked = metrics.few_shot(labels, size, np.random.default_rng([recipe.run.seed, seed]))
-            head = metrics.fit_head(x[picked], [labels[row] for row in picked])
+            with threadpool_limits(1):  # as in metrics.fit_chosen_head
+                head = metrics.fit_head(x[picked], [labels[row] for row in picked])
             outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(truth))
         yield f"few_shot_{size}_accuracy", _mean(recipe, np.mean(outcomes, axis=0))
 
