@@ -155,7 +155,7 @@ def test_a_label_that_training_never_showed_counts_as_wrong(recipe: Recipe) -> N
     assert found["macro_f1"].value == pytest.approx(f1_score(["a", "b", "new", "new"], ["a", "b", "a", "b"], average="macro"))
 
 
-@pytest.mark.parametrize(("shots", "wanted"), [([], {"train en"}), ([5], {"train en", "train es", "train de"})])
+@pytest.mark.parametrize(("shots", "wanted"), [([], {"train en"}), ([1], {"train en", "train es", "train de"})])
 def test_training_rows_of_other_languages_are_read_for_few_shot_alone(
     make_recipe: Callable[..., Recipe], tmp_path: Path, shots: list[int], wanted: set[str]
 ) -> None:
@@ -168,6 +168,18 @@ def test_training_rows_of_other_languages_are_read_for_few_shot_alone(
     texts = evaluate._texts(recipe)
     assert set(texts) == {f"test {lang}" for lang in LANGUAGES} | wanted
     assert len(texts) == len(set(texts))
+
+
+def test_of_the_labelled_rows_of_another_language_only_those_of_a_sample_are_encoded(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(evaluate={"tasks": tasks(tmp_path / "data", shots=[4, 8])})
+    picked = [metrics.few_shot(LABELS[0], 8, np.random.default_rng([recipe.run.seed, seed])) for seed in range(5)]
+    wanted = {TRAIN[row]["es"] for row in np.concatenate(picked)}
+    assert 8 < len(wanted) < len(TRAIN)
+    texts = set(evaluate._texts(recipe))
+    assert texts & {row["es"] for row in TRAIN} == wanted
+    assert texts >= {row["en"] for row in TRAIN} | {row["es"] for row in TEST}
 
 
 def test_evaluate_on_a_cluster(ray_cluster: None, recipe: Recipe, teacher: str, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ the cluster (GPUs where there are any); the measures are taken here.
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,13 +74,23 @@ def encode(recipe: Recipe, texts: list[str], models: list[Row], folder: str) -> 
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """All texts of all tasks, each once, in a fixed order."""
+    """All texts that are measured, each once, in a fixed order: of a language's labelled rows, those that a sample has."""
     found: dict[str, None] = {}
     for task in recipe.evaluate.tasks:
         for split, lang in tasks.measured(recipe, task):
             rows = tasks.read(recipe, task, split, lang)
-            found.update(dict.fromkeys(rows["text"] + rows.get("text2", [])))
+            texts = rows["text"] + rows.get("text2", [])
+            if split == "train" and lang != recipe.data.source_language:
+                texts = [texts[row] for picked in _samples(recipe, task, rows["label"]).values() for row in np.unique(picked)]
+            found.update(dict.fromkeys(texts))
     return list(found)
+
+
+def _samples(recipe: Recipe, task: Task, labels: list[str]) -> dict[int, list[np.ndarray]]:
+    """By size, the rows of each of the few-shot samples."""
+    seeds = range(FEW_SHOT_SEEDS)
+    sizes = [size for size in task.shots if size <= len(labels)]
+    return {size: [metrics.few_shot(labels, size, np.random.default_rng([recipe.run.seed, seed])) for seed in seeds] for size in sizes}
 
 
 class ModelEncoder:
@@ -135,8 +146,9 @@ def _task_rows(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Itera
 Found = Iterator[tuple[str, str, str, Score]]
 
 
-def _stack(texts: list[str], vectors: Vectors) -> np.ndarray:
-    return np.stack([vectors[text] for text in texts])
+def _stack(texts: list[str], vectors: Vectors, rows: Iterable[int] | None = None) -> np.ndarray:
+    """Vectors of all texts, or of some rows."""
+    return np.stack([vectors[text] for text in (texts if rows is None else [texts[row] for row in rows])])
 
 
 def _mean(recipe: Recipe, outcomes: np.ndarray) -> Score:
@@ -171,10 +183,13 @@ def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> 
             train = tasks.read(recipe, task, "train", lang)
             if max(task.shots) > len(train["text"]):
                 say(f"  {task.name}: only {len(train['text'])} training rows for {lang}, larger few-shot samples are left out")
-            sides = {model: (_stack(train["text"], known), _stack(test["text"], known)) for model, known in vectors.items()}
-            sides[BASELINE] = metrics.character_tfidf(train["text"], test["text"])
-            for model, (x, y) in sides.items():
-                yield from ((model, lang, name, score) for name, score in _few_shot(recipe, task, x, train["label"], y, test["label"]))
+            for model, known in vectors.items():
+                y = _stack(test["text"], known)
+                found = _few_shot(recipe, task, train["label"], partial(_stack, train["text"], known), y, test["label"])
+                yield from ((model, lang, name, score) for name, score in found)
+            matrix, y = metrics.character_tfidf(train["text"], test["text"])
+            found = _few_shot(recipe, task, train["label"], matrix.__getitem__, y, test["label"])
+            yield from ((BASELINE, lang, name, score) for name, score in found)
 
 
 def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np.ndarray) -> Iterator[tuple[str, Score]]:
@@ -187,13 +202,14 @@ def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np
     yield "macro_f1", f1
 
 
-def _few_shot(recipe: Recipe, task: Task, x: Any, labels: list[str], y: Any, truth: list[str]) -> Iterator[tuple[str, Score]]:
-    for size in [size for size in task.shots if size <= len(labels)]:
+def _few_shot(
+    recipe: Recipe, task: Task, labels: list[str], vectors: Callable[[np.ndarray], Any], y: Any, truth: list[str]
+) -> Iterator[tuple[str, Score]]:
+    for size, samples in _samples(recipe, task, labels).items():
         outcomes = []
-        for seed in range(FEW_SHOT_SEEDS):
-            picked = metrics.few_shot(labels, size, np.random.default_rng([recipe.run.seed, seed]))
+        for picked in samples:
             with threadpool_limits(1):  # as in metrics.fit_chosen_head
-                head = metrics.fit_head(x[picked], [labels[row] for row in picked])
+                head = metrics.fit_head(vectors(picked), [labels[row] for row in picked])
             outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(truth))
         yield f"few_shot_{size}_accuracy", _mean(recipe, np.mean(outcomes, axis=0))
 
