@@ -19,6 +19,8 @@ import math
 import os
 from typing import Any
 
+import numpy as np
+
 from xdist import cluster, files, selection, shards, spaces, track, train, trials
 from xdist.config import Recipe
 from xdist.errors import Refused
@@ -174,12 +176,13 @@ def _tpe(space: Space, seed: int, records: list[dict[str, Any]]) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     class Tpe(Searcher):
-        """Asks Optuna for settings, key by key, so that conditional keys are only asked for where they apply."""
+        """Asks Optuna for settings, key by key, so that conditional keys are only asked for where they apply. Each trial has a seed of
+        its own: a search that goes on draws what it would have drawn."""
 
         def __init__(self) -> None:
             super().__init__(metric=space.metric, mode=space.mode)
             direction = optuna.study.StudyDirection.MAXIMIZE if space.mode == "max" else optuna.study.StudyDirection.MINIMIZE
-            self.study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
+            self.study = optuna.create_study(direction=direction)
             self.asked: dict[str, Any] = {}
             begun = [int(record["trial"]) for record in records]
             self.numbers = [*begun, *(number for number in range(space.samples) if number not in begun)]
@@ -187,8 +190,9 @@ def _tpe(space: Space, seed: int, records: list[dict[str, Any]]) -> Any:
                 self.study.enqueue_trial(record["asked"])
 
         def suggest(self, trial_id: str) -> dict[str, Any]:
-            number, asked = self.numbers[len(self.asked)], self.study.ask()
-            self.asked[trial_id] = asked
+            number = self.numbers[len(self.asked)]
+            self.study.sampler = optuna.samplers.TPESampler(seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+            self.asked[trial_id] = asked = self.study.ask()
             settings: Trial = {}
             for key, knob in sorted(space.search.items(), key=lambda entry: bool(entry[1].when)):
                 if key in spaces.conditioned(space, settings | {key: None}):
