@@ -103,12 +103,13 @@ def distilled(file: Path, log: Path) -> contextlib.AbstractContextManager[subpro
 
 
 def test_outages_and_a_kill_change_nothing(
-    make_recipe: MakeRecipe, tmp_path: Path, undisturbed: Path, s3: ObjectStore, mlflow_server: Tracking
+    make_recipe: MakeRecipe, tmp_path: Path, undisturbed: Path, s3: ObjectStore, mlflow_server: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything on object storage, which fails for a while and is slow for a while; the MLflow server is killed and comes back; the
-    driver is killed -9. The student is that of a run on a local disk, and no number is missing from its curves."""
+    """Everything on object storage, which fails for a while and is slow for a while; the MLflow server is killed in training and after it,
+    and comes back; the driver is killed -9. The student is that of a run on a local disk, and no number is missing from its curves."""
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what waits for MLflow waits for seconds
     data = LONG["data"] | {"root": "s3://bucket/data"}
     for path in (tmp_path / "data").iterdir():
         files.write(f"s3://bucket/data/{path.name}", path.read_bytes())
@@ -138,8 +139,16 @@ def test_outages_and_a_kill_change_nothing(
         wait_for(lambda: len(s3.refused) > begun, process)
         time.sleep(10)  # longer than pyarrow's own patience
         s3.failing = None
-        assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
+        wait_for(lambda: b"\nencode " in log.read_bytes(), process)
+        mlflow_server.kill()
+        assert process.wait(timeout=400) == 2, log.read_text()[-3000:]
     assert "  step      5 of" not in log.read_text(), "training began anew instead of going on"
+    assert re.search(rf"^xdist: track\.uri: MLflow at {mlflow_server.url} went away.*\nThe same command goes on$", log.read_text(), re.M)
+    mlflow_server.start()
+    last = tmp_path / "last.log"
+    with distilled(file, last) as process:
+        assert process.wait(timeout=400) == 0, last.read_text()[-3000:]
+    assert "  step " not in last.read_text()
 
     assert files.read(f"{remote.folder}/student/model.safetensors") == Path(undisturbed, "student", "model.safetensors").read_bytes()
     for name in ("report.html", "report.json", "student/README.md", "checkpoints/checkpoint_manager_snapshot.json"):
@@ -165,7 +174,7 @@ def test_outages_and_a_kill_change_nothing(
         assert [child.info.status for child in children] == ["FINISHED"] * (2 if name == "search" else 4)
     assert recipes.load("s3://bucket/runs/run-search/best.yaml").run.name == "run-search-best"
 
-    told = [path.read_text() for path in (tmp_path / "remote.log", log)] + [yaml.safe_dump(run.data.params)]
+    told = [path.read_text() for path in (tmp_path / "remote.log", log, last)] + [yaml.safe_dump(run.data.params)]
     told += [files.read(f"{remote.folder}/{name}").decode() for name in ("recipe.yaml", "report.html", "report.json")]
     assert not [text for text in told if "planted-" in text]
 

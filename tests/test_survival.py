@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import MakeRecipe, all_hashes, as_file, assert_equal_weights, started, steps, wait_for
 
+from xdist import files, track
 from xdist.config import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,12 @@ def on(nodes: Nodes, recipe: Recipe, folder: Path, prelude: str = "") -> Iterato
         yield Job(process, log)
 
 
+def loss_curve(recipe: Recipe) -> dict[int, float]:
+    """Loss by step, as MLflow has it."""
+    run_id = files.read_json(f"{recipe.folder}/mlflow.json")["run_id"]
+    return dict(track.curves(recipe, run_id, ["train/loss"])["train/loss"])
+
+
 TRAIN = {"steps": 400, "checkpoint_every": 20, "evaluate_every": 200, "log_every": 5, "micro_batches": 2}
 DATA = {"shards": 32, "window": 4}
 
@@ -149,9 +156,12 @@ def test_actors_workers_and_nodes_die(nodes: Nodes, make_recipe: MakeRecipe, tmp
 
 
 def test_training_shrinks_and_grows(nodes: Nodes, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A node is announced to go: a checkpoint is written in time, and one worker goes on alone, until another node comes. (That workers
-    share out batches without changing them: test_pipeline.test_two_workers_see_every_batch_once.)"""
+    """A node is announced to go: a checkpoint is written in time, and one worker goes on alone, until another node comes. The loss
+    curve and the student are those of one worker which was left alone: of two numbers every order gives the same sum."""
     train = TRAIN | {"steps": 3000, "checkpoint_every": 3000, "evaluate_every": 3000}
+    alone = make_recipe(run={"name": "alone"}, train=train, cluster={"num_cpus": None})
+    with on(nodes, alone, tmp_path) as job:
+        job.ends()
     recipe = make_recipe(train=train, cluster={"workers": [1, 2], "num_cpus": None})
     with on(nodes, recipe, tmp_path, "launch.RESIZE_EVERY = 3.0; ") as job:
         job.wait_for(lambda: job.steps() and job.steps()[-1] >= 50)
@@ -166,6 +176,9 @@ def test_training_shrinks_and_grows(nodes: Nodes, make_recipe: MakeRecipe, tmp_p
     assert [workers for _, workers in job.starts()] == [2, 1, 2]
     assert 50 <= job.starts()[1][0] < 3000, "no checkpoint was written when the node was announced to go"
     assert job.steps()[-1] == 3000
+    assert loss_curve(recipe) == loss_curve(alone)
+    assert loss_curve(recipe).keys() == set(range(5, 3001, 5))
+    assert_equal_weights(tmp_path / "runs" / "alone", Path(recipe.folder))
 
 
 def test_what_would_fail_later_is_refused_at_once(nodes: Nodes, make_recipe: MakeRecipe, tmp_path: Path) -> None:

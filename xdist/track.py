@@ -49,7 +49,7 @@ def unreachable(uri: str) -> str:
     """Why a tracking store does not answer within seconds; empty where it does."""
     import mlflow
 
-    _quiet()
+    _settle()
     try:
         with impatient():
             mlflow.MlflowClient(uri).search_experiments(max_results=1)
@@ -68,7 +68,9 @@ def view(uri: str) -> str:
     return server(uri) or f"mlflow ui --backend-store-uri {uri}"
 
 
-def _quiet() -> None:
+def _settle() -> None:
+    """MLflow without its chatter; a server that does not answer is given up after a minute (MLflow's own patience: four)."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("mlflow", "mlflow.system_metrics.system_metrics_monitor", "mlflow.store.db.utils", "alembic"):
@@ -102,7 +104,7 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
     run opened. Gives its id. Raises Refused where the tracking store cannot be reached."""
     import mlflow
 
-    _quiet()
+    _settle()
     uri, marker = uri_of(recipe), f"{recipe.folder}/mlflow.json"
     mlflow.set_tracking_uri(uri)
     run_id = files.read_json(marker)["run_id"] if files.exists(marker) else None
@@ -116,14 +118,18 @@ def run(recipe: Recipe, job: str) -> Iterator[str]:
     except Exception as error:
         raise Refused(f"track.uri: MLflow cannot be reached at {uri}: {type(error).__name__}: {error}") from None
     try:
-        with active:
-            if not run_id:
-                mlflow.set_tags({"xdist.job": job})
-                flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
-                mlflow.log_params(flat)
-                files.write_json(marker, {"run_id": active.info.run_id})
-            yield active.info.run_id
-    except mlflow.MlflowException as error:
+        if not run_id:
+            mlflow.set_tags({"xdist.job": job})
+            flat = {key: str(value)[:LIMIT] for key, value in recipes.flatten(recipe.model_dump(mode="json"))}
+            mlflow.log_params(flat)
+            files.write_json(marker, {"run_id": active.info.run_id})
+        yield active.info.run_id
+        mlflow.end_run()
+    except BaseException as error:
+        with impatient(), contextlib.suppress(mlflow.MlflowException):
+            mlflow.end_run("FAILED")
+        if not isinstance(error, mlflow.MlflowException):
+            raise
         raise Refused(
             f"track.uri: MLflow at {uri} went away, or did not take what it was given: {error}\nThe same command goes on"
         ) from None
@@ -134,7 +140,7 @@ def child(uri: str, parent: str, name: str, settings: dict[str, Any], marker: st
     import mlflow
     from mlflow.entities import Param
 
-    _quiet()
+    _settle()
     client = mlflow.MlflowClient(uri)
     run_id = str(files.read_json(marker)["run_id"]) if files.exists(marker) else ""
     new = not (run_id and _holds(client, run_id))
@@ -282,7 +288,7 @@ def _log_batch(uri: str, run_id: str, points: Iterable[Point]) -> None:
     import mlflow
     from mlflow.entities import Metric
 
-    _quiet()
+    _settle()
     mlflow.MlflowClient(uri).log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
