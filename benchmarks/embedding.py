@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import floor, ready, texts
 from benchmarks.measure import Measure, Options, in_turns, rate, seconds
-from xdist import encoder, text
+from xdist import encoder, text, weights
 from xdist.encoder import Encoder
 from xdist.store import Fingerprint, VectorStore
 
@@ -23,7 +23,7 @@ LANGUAGES = 3  # in which a sentence of the repeating corpus has a translation
 def measures(options: Options) -> Iterator[Measure]:
     """Texts per second."""
     teacher = ready.recipe(options, "embedding").teacher
-    folder = encoder.located(teacher)
+    folder = weights.located(teacher)
     ours = encoder.load(folder)
     found = texts.clinical(lambda some: [len(row) for row in ours.tokenize(some)], options.size(10_000, 64))
     lengths = [len(row) for row in ours.tokenize(found)]
@@ -49,7 +49,7 @@ def measures(options: Options) -> Iterator[Measure]:
         missing = isinstance(model, str)
         yield Measure(f"embedding, {name}", "texts/s", rates["ours"], rates.get(name, ()), against, note=model if missing else "")
     yield Measure("embedding, floor", "texts/s", rates["ours"], rates["floor"], "matrix products alone, at their measured rate")
-    yield _repeating(options, ours, encoder.fingerprint(teacher, folder, ours.dimension), plain, found[: options.size(600, 16)])
+    yield _repeating(options, ours, weights.fingerprint(teacher, folder, ours.dimension), plain, found[: options.size(600, 16)])
 
 
 def _peer(folder: str, device: str | None = None, bf16: bool = False, **more: Any) -> Any:

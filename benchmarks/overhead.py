@@ -16,7 +16,7 @@ from dataclasses import asdict
 from benchmarks import ready, texts
 from benchmarks.commands import command
 from benchmarks.measure import Measure, Options, in_turns, seconds
-from xdist import cluster, corpus, embed, encoder, files, launch, recipes, track
+from xdist import cluster, corpus, embed, encoder, files, launch, recipes, track, weights
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.progress import Progress
@@ -68,8 +68,8 @@ def embed_run(options: Options) -> tuple[Recipe, Prepared, Fingerprint]:
     recipe = ready.recipe(options, "embedding", data=data)
     with cluster.connected(recipe.cluster):
         prepared = corpus.prepare(recipe)
-    folder = encoder.located(recipe.teacher)
-    return recipe, prepared, encoder.fingerprint(recipe.teacher, folder, encoder.load(folder).dimension)
+    folder = weights.located(recipe.teacher)
+    return recipe, prepared, weights.fingerprint(recipe.teacher, folder, encoder.load(folder).dimension)
 
 
 class Seen(Progress):
@@ -108,7 +108,7 @@ def embed_rate(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint, act
 def _bare(recipe: Recipe) -> float:
     names = files.names(f"{recipe.folder}/corpus", ".parquet")
     found = [text for name in names for text in files.read_table(f"{recipe.folder}/corpus/{name}", ["source"])["source"].to_pylist()]
-    teacher = encoder.load(encoder.located(recipe.teacher))
+    teacher = encoder.load(weights.located(recipe.teacher))
     teacher.encode(found[:256])
     return len(found) / seconds(lambda: teacher.encode(found, max_length=recipe.teacher.max_length))
 

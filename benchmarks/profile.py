@@ -15,7 +15,7 @@ from benchmarks import ready, texts
 from benchmarks.__main__ import ENVIRONMENT, HERE
 from benchmarks.machine import ROOT
 from benchmarks.measure import Options
-from xdist import encoder, shards, train
+from xdist import encoder, shards, train, weights
 from xdist.batching import Position
 
 KINDS = {
@@ -59,7 +59,7 @@ def _measured(folder: Path) -> str:
     options = Options(folder)
     recipe = ready.recipe(options, "profile", train={"steps": 12})
     ready.make(recipe)
-    teacher = encoder.load(encoder.located(recipe.teacher))
+    teacher = encoder.load(weights.located(recipe.teacher))
     some = texts.clinical(lambda rows: [len(row) for row in teacher.tokenize(rows)], 300)
     student = encoder.load(f"{recipe.folder}/initial", recipe.train.precision, recipe.train.attention)
     train.freeze_unused(student)

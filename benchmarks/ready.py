@@ -6,7 +6,7 @@ import yaml
 
 from benchmarks.measure import Options
 from benchmarks.texts import DEMO, LANGUAGES
-from xdist import cluster, corpus, embed, encoder, recipes, shards, student
+from xdist import cluster, corpus, embed, encoder, recipes, shards, student, weights
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.store import Fingerprint
@@ -40,8 +40,8 @@ def make(wanted: Recipe) -> tuple[Prepared, Fingerprint]:
     """All that training reads."""
     with cluster.connected(wanted.cluster):
         prepared = corpus.prepare(wanted)
-        folder = encoder.located(wanted.teacher)
-        fingerprint = encoder.fingerprint(wanted.teacher, folder, encoder.load(folder).dimension)
+        folder = weights.located(wanted.teacher)
+        fingerprint = weights.fingerprint(wanted.teacher, folder, encoder.load(folder).dimension)
         initial = student.build(wanted, folder, prepared)
         embed.embed(wanted, prepared, fingerprint)
         shards.cut(wanted, prepared, fingerprint, initial)
@@ -61,7 +61,7 @@ def stub_teacher(options: Options, width: int = 32) -> str:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import BertConfig, BertModel
 
-    base = encoder.sentence_transformer(encoder.located(recipe(options, "stub").teacher), "eager")
+    base = encoder.sentence_transformer(weights.located(recipe(options, "stub").teacher), "eager")
     sizes: Any = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * width}
     plain, whole = str(options.folder / "plain"), str(options.folder / "stub")
     BertModel(BertConfig(vocab_size=len(base.tokenizer), **sizes)).save_pretrained(plain)

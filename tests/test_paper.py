@@ -38,12 +38,12 @@ from types import SimpleNamespace
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from xdist import encoder, files, loss, student, train
+from xdist import encoder, files, loss, student, train, weights
 from xdist.config import Recipe
 from xdist.shards import Batch
 
 recipe = Recipe(**json.load(sys.stdin))
-teacher_folder = encoder.located(recipe.teacher)
+teacher_folder = weights.located(recipe.teacher)
 teacher = encoder.load(teacher_folder, "float32")
 table = files.read_table(f"{recipe.folder}/corpus/00000.parquet")
 sources, texts = table["source"].to_pylist(), table["texts"].combine_chunks().flatten().to_pylist()
@@ -59,7 +59,7 @@ losses = [train.step(model, model, optimizer, [batch], recipe.train, 1.0, 1, Tru
 model.model.save(f"{recipe.folder}/student", create_model_card=False)
 
 again = SentenceTransformer(f"{recipe.folder}/student", device="cpu")
-base = encoder.located(recipe.teacher.model_copy(update={"model": recipe.student.base}))
+base = weights.located(recipe.teacher.model_copy(update={"model": recipe.student.base}))
 json.dump({
     "teacher": teacher_folder, "base": base, "losses": losses, "classes": [type(module).__name__ for module in again],
     "teacher_class": type(teacher.body).__name__, "body": type(again[0].auto_model).__name__,

@@ -1,36 +1,23 @@
-"""Sentence encoders: load a teacher or student from a hub or folder, and turn texts into unit vectors.
+"""Sentence encoders: load a teacher or student from its folder, and turn texts into unit vectors.
 
 The checkpoint's own sentence-transformers modules do the work (so pooling, projections and prompts are what the
 checkpoint says); this module decides arithmetic and attention, cuts batches by tokens, and pools in float32.
 """
 
-import importlib.util
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xdist import batching, layers
-from xdist.config import Teacher
+from xdist import batching, layers, weights
 from xdist.errors import Refused
-from xdist.store import Fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-WEIGHTS = "model*.safetensors"
-PICKLES = "pytorch_model*.bin"
-SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
-TOKENS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
-
 
 # Tokens of one forward pass without gradient: on a CPU activations should stay in the cache (with 24 tokens a sentence,
 # two cores encoded 654 sentences/s at 2,048, 369 at 4,096, 255 at 16,384), a GPU wants much work at a time.
@@ -145,7 +132,7 @@ def _prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def load(folder: str, precision: str = "auto", attention: str = "auto", trust_remote_code: bool = False, prompt: str = "") -> Encoder:
-    """An encoder from a local folder (see `located`), on the GPU where there is one; without a prompt, the checkpoint's own
+    """An encoder from a local folder (see `weights.located`), on the GPU where there is one; without a prompt, the checkpoint's own
     default prompt stands before each text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = sentence_transformer(folder, chosen_attention(attention, device), trust_remote_code)
@@ -164,7 +151,7 @@ def sentence_transformer(folder: str, attention: str, trust_remote_code: bool = 
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
-    if any(_modules(folder)[0].glob(WEIGHTS)):
+    if any(weights.modules(folder)[0].glob(weights.SAFE)):
         options["use_safetensors"] = True  # without it, a pickle beside oddly named safetensors would be read
     try:
         model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust_remote_code, model_kwargs=options, local_files_only=True)
@@ -193,103 +180,3 @@ def _fast_bf16() -> bool:
 def chosen_attention(attention: str, device: str) -> str:
     """Of the checkpoint's own modules: eager on a CPU, whose sdpa kernel is very slow in backward; sdpa on a GPU."""
     return attention if attention != "auto" else ("eager" if device == "cpu" else "sdpa")
-
-
-def located(settings: Teacher) -> str:
-    """A local folder with the checkpoint: the folder named, one inside a Python package, or a download from the hub.
-
-    Raises Refused where it is missing, has no weights, or has only pickle weights and these are not allowed.
-    """
-    name = os.path.expanduser(settings.model)
-    if name.startswith("package:"):
-        folder = _in_package(name.removeprefix("package:"))
-    elif os.path.isdir(name):
-        folder = name
-    elif name.startswith((".", "/")) or name.count("/") > 1:
-        raise Refused(f"{name}: no such folder; give a folder with a checkpoint or a hub id such as owner/name")
-    else:
-        folder = _from_hub(settings)
-    _check_weights(folder, settings)
-    return os.path.abspath(folder)
-
-
-def _in_package(path: str) -> str:
-    package, _, inner = path.partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise Refused(
-            f"Python package {package} is not installed; install it, or choose another model (the demo's: pip install 'xdist-ray[demo]')"
-        )
-    folder = os.path.join(spec.submodule_search_locations[0], inner)
-    if not os.path.isdir(folder):
-        raise Refused(f"Python package {package} has no folder {inner!r}")
-    return folder
-
-
-def _from_hub(settings: Teacher) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = [*SETTINGS, "*.safetensors"] + (["*.bin"] if settings.allow_pickle else []) + (["*.py"] if settings.trust_remote_code else [])
-    other = ["onnx/*", "openvino/*"]  # the same model for other engines
-    try:
-        return str(snapshot_download(settings.model, revision=settings.revision, allow_patterns=wanted, ignore_patterns=other))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        raise Refused(
-            f"model {settings.model} is neither a folder nor reachable on the hub nor in its cache ({type(error).__name__}). "
-            "Give a local folder, or download it once where there is a network (HF_HOME says where the cache is)"
-        ) from None
-
-
-def _check_weights(folder: str, settings: Teacher) -> None:
-    transformer, *others = _modules(folder)
-    if not any(transformer.glob(WEIGHTS)):
-        if settings.allow_pickle and any(transformer.glob(PICKLES)):
-            return
-        if any(transformer.glob(PICKLES)):
-            raise Refused(
-                f"{folder} has only pickle weights (.bin), which can run code when read. Convert them to safetensors, "
-                "or set teacher.allow_pickle: true if you trust their origin"
-            )
-        raise Refused(
-            f"{folder} holds no weights ({WEIGHTS}): is it a checkpoint, and is it whole? A hub checkpoint may have pickle weights "
-            "(.bin) alone: these are downloaded only with teacher.allow_pickle: true"
-        )
-    pickled = [module for module in others if any(module.glob(PICKLES)) and not any(module.glob(WEIGHTS))]
-    if pickled and not settings.allow_pickle:
-        raise Refused(f"{pickled[0]} is a module with pickle weights; convert it to safetensors, or set teacher.allow_pickle: true")
-
-
-def _modules(folder: str) -> list[Path]:
-    """Folders of the checkpoint's modules, the transformer's first; a plain checkpoint is one module."""
-    listed = Path(folder, "modules.json")
-    try:
-        return [Path(folder, entry["path"]) for entry in json.loads(listed.read_text("utf-8"))] if listed.exists() else [Path(folder)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{listed} is damaged ({error!r}); download the checkpoint again") from None
-
-
-def fingerprint(settings: Teacher, folder: str, dimension: int) -> Fingerprint:
-    """The identity of the vectors that this teacher gives with these settings; where the folder lies does not count."""
-    weights, shaping = [], [Path(folder, "modules.json")]
-    for module in _modules(folder):
-        weights += list(module.glob(WEIGHTS)) or list(module.glob(PICKLES))
-        shaping += [path for pattern in ("config.json", "*sentence_*.json", *TOKENS) for path in module.glob(pattern)]
-    return Fingerprint(
-        model=settings.model,
-        weights=_digest(folder, weights),
-        dimension=dimension,
-        max_length=settings.max_length,
-        prompt=settings.prompt,
-        modules=_digest(folder, shaping),
-    )
-
-
-def _digest(folder: str, paths: list[Path]) -> str:
-    state = xxhash.xxh3_64()
-    for path in sorted({path for path in paths if path.is_file()}):
-        state.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 22):
-                state.update(block)
-    return state.hexdigest()

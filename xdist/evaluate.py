@@ -116,7 +116,7 @@ class ModelEncoder:
 
 def load(recipe: Recipe, item: Row) -> "tuple[Encoder, int]":
     """One of the models of `encode`, and its longest input in tokens."""
-    from xdist import encoder, finetune
+    from xdist import encoder, finetune, weights
 
     model, prompt, longest = item["model"], "", recipe.student.max_length
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +127,7 @@ def load(recipe: Recipe, item: Row) -> "tuple[Encoder, int]":
         elif "folder" in item:
             folder = files.local(item["folder"])
         else:
-            folder = encoder.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
+            folder = weights.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
         found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
     return found, longest
 

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from xdist import batching, cluster, encoder, files, metrics, tasks
+from xdist import batching, cluster, encoder, files, metrics, tasks, weights
 from xdist.config import Finetune, Recipe
 from xdist.encoder import Encoder
 from xdist.progress import Progress
@@ -29,7 +29,7 @@ HEAD_RATE = 10  # the head's learning rate over the layers'
 
 def teacher_folder(recipe: Recipe) -> str:
     """A local folder with the teacher that teaches: the recipe's, or the fine-tuned one, which is there by then."""
-    return files.local(place(recipe)) if recipe.finetune.task else encoder.located(recipe.teacher)
+    return files.local(place(recipe)) if recipe.finetune.task else weights.located(recipe.teacher)
 
 
 def place(recipe: Recipe) -> str:
@@ -68,7 +68,7 @@ def _make(item: cluster.Item, board: cluster.RemoteBoard, settings: dict[str, An
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
-    teacher = load(recipe, encoder.located(recipe.teacher))
+    teacher = load(recipe, weights.located(recipe.teacher))
     rows, longest = _rows(recipe), recipe.teacher.max_length
     start = metrics.fit_chosen_head(teacher.encode(rows["text"], max_length=longest), rows["label"])
     seen = functools.partial(board.count, "sentences")

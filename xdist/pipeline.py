@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from xdist import cluster, corpus, files
+from xdist import cluster, corpus, files, weights
 from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.errors import Refused
@@ -76,12 +76,12 @@ def _prepare(recipe: Recipe) -> Prepared:
 
 def _teacher(recipe: Recipe) -> tuple[str, Any, Any]:
     """The teacher, which is fine-tuned first where the recipe asks for that: its folder here, the encoder, its fingerprint."""
-    from xdist import encoder, finetune
+    from xdist import finetune
 
     finetune.finetune(recipe)
     folder = finetune.teacher_folder(recipe)
     teacher = finetune.load(recipe, folder)
-    return folder, teacher, encoder.fingerprint(recipe.teacher, folder, teacher.dimension)
+    return folder, teacher, weights.fingerprint(recipe.teacher, folder, teacher.dimension)
 
 
 def embed(recipe: Recipe) -> None:
@@ -97,14 +97,14 @@ def embed(recipe: Recipe) -> None:
 
 def distill(recipe: Recipe, plan: bool = False) -> None:
     """Everything: from corpora to report. With `plan`, stop after the plan."""
-    from xdist import report, student, track
-    from xdist.store import VectorStore
-
     started = time.monotonic()
     settle(recipe)
     _check(recipe)
     with _at_work(recipe):
         prepared = _prepare(recipe)
+        from xdist import report, student, track  # torch comes with them: the first progress has not waited for it
+        from xdist.store import VectorStore
+
         folder, teacher, fingerprint = _teacher(recipe)
         initial = student.build(recipe, folder, prepared)
         if plan or not files.exists(f"{recipe.folder}/plan.json"):
@@ -122,10 +122,10 @@ def distill(recipe: Recipe, plan: bool = False) -> None:
 
 def _check(recipe: Recipe) -> None:
     """Raises Refused where evaluation files, the teacher or the student's checkpoint cannot be read, before anything is done."""
-    from xdist import encoder, student, tasks
+    from xdist import tasks
 
     tasks.check(recipe)
-    student.base_folder(recipe.student, recipe.teacher, encoder.located(recipe.teacher))
+    weights.of_student(recipe, weights.located(recipe.teacher))
 
 
 def _plan(recipe: Recipe, prepared: Prepared, teacher: Any, store: Any) -> None:

@@ -10,12 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xdist import cluster, files, planning
+from xdist import cluster, files
 from xdist.config import Recipe
 from xdist.errors import Refused
 from xdist.progress import say
+
+if TYPE_CHECKING:
+    from xdist.planning import Plan
 
 PACKAGES = ("ray", "torch", "transformers", "sentence-transformers", "pyarrow")
 SCRATCH = 5e9  # bytes for copies of models and checkpoints
@@ -66,7 +69,7 @@ def _versions() -> dict[str, str]:
 
 def _look(settings: dict[str, Any], token: str, server: str | None) -> Finding:
     """What one machine finds, in a process of its own."""
-    from xdist import encoder, track
+    from xdist import track, weights
 
     recipe, problems = Recipe(**settings), []
     folder, name, wrote, teacher = f"{recipe.folder}/preflight", secrets.token_hex(8), "", ""
@@ -80,8 +83,8 @@ def _look(settings: dict[str, Any], token: str, server: str | None) -> Finding:
     except (OSError, Refused) as error:
         problems.append(f"cannot use storage {recipe.run.storage}: {error}; look at its rights and credentials there")
     try:
-        located = encoder.located(recipe.teacher)
-        teacher = encoder.fingerprint(recipe.teacher, located, 0).digest
+        located = weights.located(recipe.teacher)
+        teacher = weights.fingerprint(recipe.teacher, located, 0).digest
     except Refused as error:
         problems.append(str(error))
     if server and (away := track.unreachable(server)):
@@ -93,8 +96,10 @@ def _look(settings: dict[str, Any], token: str, server: str | None) -> Finding:
     return {"versions": _versions(), "problems": problems, "wrote": wrote, "teacher": teacher}
 
 
-def room(recipe: Recipe, plan: planning.Plan) -> None:
+def room(recipe: Recipe, plan: "Plan") -> None:
     """Raises Refused where a local storage has less space than the plan needs; other storages do not tell."""
+    from xdist import planning
+
     if not files.is_local(recipe.run.storage):
         return
     needed = planning.disk_bytes(plan)

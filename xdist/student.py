@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from xdist import encoder, files, text, vocabulary
-from xdist.config import Recipe, Student, Teacher
+from xdist import encoder, files, text, vocabulary, weights
+from xdist.config import Recipe
 from xdist.corpus import Prepared
 from xdist.errors import Refused
 from xdist.progress import say
@@ -33,7 +33,7 @@ def build(recipe: Recipe, teacher_folder: str, prepared: Prepared) -> str:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-    folder = base_folder(recipe.student, recipe.teacher, teacher_folder)
+    folder = weights.of_student(recipe, teacher_folder)
     base = encoder.sentence_transformer(folder, "eager", recipe.teacher.trust_remote_code)
     body: Any = base[0].auto_model
     tokenizer: Any = base.tokenizer
@@ -78,13 +78,6 @@ def _dimension(recipe: Recipe, teacher_folder: str) -> int:
     if longest >= dimension:
         raise Refused(f"train.matryoshka: {longest} is no prefix of vectors of length {dimension}; take lengths below that")
     return dimension
-
-
-def base_folder(student: Student, teacher: Teacher, teacher_folder: str) -> str:
-    """Local folder of the checkpoint that the student starts from."""
-    if student.base == "teacher":
-        return teacher_folder
-    return encoder.located(teacher.model_copy(update={"model": student.base, "revision": None}))
 
 
 def keep_layers(body: Any, layers: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""`ray up` for real: three hosts made of nothing, clusters/onprem.yaml on them, a run trained across two of them, `ray down`.
+"""`ray up` for real: three hosts made of nothing, clusters/onprem.yaml on them, the demo trained across two of them, `ray down`.
 
     python tests/cluster/ray_up.py
 
@@ -27,12 +27,13 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import sentences, started, tiny_checkpoint, wait_for, write_tsv  # noqa: E402
+from conftest import started, wait_for  # noqa: E402
 
 BIN = Path(sys.executable).parent
 CLUSTER, NETWORK, BRIDGE, PORT = "xdist-ray-up", "10.213.47", "xdist-br", 18265
 HEAD, *WORKERS = HOSTS = ["xdist-head", "xdist-one", "xdist-two"]
 ADDRESSES = {host: f"{NETWORK}.{number}" for number, host in enumerate(HOSTS, 10)}
+ACROSS = "--cluster.workers 2 --train.micro_batches 2 --train.steps 100 --train.checkpoint_every 50 --train.evaluate_every 100"
 PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2"}
 
 
@@ -67,15 +68,15 @@ def up_and_down(scratch: Path) -> None:
     command = ["dashboard", "--no-config-cache", "--port", str(PORT), str(file)]
     with started([f"{BIN}/ray", *command], scratch / "tunnel.txt", ROOT) as tunnel:
         wait_for(lambda: answers("127.0.0.1", PORT), tunnel, 60)
-        job = f"python jobs/distill.py {recipe(scratch)} --run.storage $XDIST_STORAGE --track.uri $MLFLOW_TRACKING_URI"
+        job = f"python jobs/distill.py recipes/demo.yaml --run.storage $XDIST_STORAGE --track.uri $MLFLOW_TRACKING_URI {ACROSS}"
         command = ["job", "submit", "--address", f"http://127.0.0.1:{PORT}", "--working-dir", ".", "--", "bash", "-c", job]
         say(f"ray {' '.join(command)}")
         with started([f"{BIN}/ray", *command], log, ROOT) as client:
-            wait_for(lambda: trained.update(training()) or client.poll() is not None, client, 600)
+            wait_for(lambda: trained.update(training()) or client.poll() is not None, client, 1800)
     print(re.sub(r"^20.*\n", "", log.read_text(), flags=re.M))  # without Ray's own lines
     assert client.returncode == 0, f"the job's exit status is {client.returncode}"
     assert trained == set(WORKERS), f"training was seen on {sorted(trained)}"
-    assert (scratch / "shared" / "across" / "student" / "model.safetensors").exists()
+    assert (scratch / "shared" / "demo" / "student" / "model.safetensors").exists()
     assert mlflow_status() == "FINISHED"
     say(f"trained on {' and '.join(WORKERS)}; the student is there, and MLflow has the run")
 
@@ -109,24 +110,6 @@ def cluster_config(scratch: Path) -> dict[str, Any]:
         *before, start = [command for command in config[key] if not command.endswith("ray stop")]  # no Ray is there yet
         config[key] = [*before, f"{start.strip()} --num-cpus={cpus} --temp-dir=$RAY_TMPDIR/ray --object-store-memory=200000000"]
     return config
-
-
-def recipe(scratch: Path) -> Path:
-    """A tiny teacher and corpus, trained across two workers."""
-    teacher = tiny_checkpoint(scratch / "teacher")
-    write_tsv(scratch / "corpus.tsv", sentences(400))
-    corpus = {"name": "toy", "path": "corpus.tsv", "source": "en", "target": "{lang}", "id": "id"}
-    settings = {
-        "run": {"name": "across"},
-        "data": {"root": str(scratch), "languages": ["es", "de"], "holdout": 10, "shards": 4, "window": 2, "corpora": [corpus]},
-        "teacher": {"model": str(teacher), "max_length": 32},
-        "student": {"vocabulary": "extend", "vocabulary_size": 300, "max_length": 32},
-        "train": {"steps": 200, "batch_tokens": 256, "micro_batches": 2, "log_every": 20, "checkpoint_every": 100, "evaluate_every": 100},
-        "cluster": {"workers": 2},
-    }
-    path = scratch / "across.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 def mlflow_status() -> str:
