@@ -198,6 +198,19 @@ def test_asha_stops_the_weak_and_a_collapsed_trial_is_the_worst(make_recipe: Mak
     assert whole == 160
 
 
+def test_the_median_stops_what_is_weaker_than_most(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
+    """One after the other: three that learn, and one that hardly moves."""
+    fixed = {"train.steps": 20, "train.evaluate_every": 4, "train.warmup_steps": 0}
+    search = {"train.lr": {"grid": [2e-3, 1e-3, 5e-4, 1e-8]}}
+    recipe, file = make_recipe(), as_space(tmp_path, search, fixed=fixed, scheduler="median", at_once=1)
+    pipeline.tune(recipe, file)
+    rows = files.read_json(f"{tune.search_recipe(recipe, loaded(file, recipe)).folder}/trials.json")
+    *better, weak = rows
+    assert {(row["steps"], row["outcome"]) for row in better} == {(20, "finished")}
+    assert (weak["settings"]["train.lr"], weak["outcome"]) == (1e-8, "stopped early")
+    assert 4 <= weak["steps"] < 20
+
+
 def test_optuna_draws_within_the_space(make_recipe: MakeRecipe, tmp_path: Path, ray_cluster: None) -> None:
     pytest.importorskip("optuna")
     search = {
