@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import pytest
+import ray  # noqa: F401  before xdist imports it for one machine alone: some tests have Rays of several nodes in this process
 import yaml
 
 from xdist.config import Cluster, Recipe

@@ -38,7 +38,29 @@ HELD_SECONDS = 20.0  # for which a job waits for a folder that another one holds
 
 @contextlib.contextmanager
 def connected(settings: Cluster) -> Iterator[None]:
-    """Ray for the length of the context: the cluster at `address`, the job's own, or a local one that ends with us."""
+    """Ray for the length of the context: the cluster at `address`, the job's own, or a local one that ends with us and listens on
+    127.0.0.1 alone."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        address = _address(settings)
+        with contextlib.nullcontext() if address else _of_one_machine():
+            _start(settings, address, stack)
+        yield
+
+
+@contextlib.contextmanager
+def _of_one_machine() -> Iterator[None]:
+    """Within it Ray is imported and started as on systems where it knows no clusters. Its own variable for that; children that are
+    no part of this Ray are not to inherit it."""
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _start(settings: Cluster, address: str | None, stack: contextlib.ExitStack) -> None:
+    """Connect, unless this process already is; the stack ends what is started here."""
     if not settings.verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read once, when ray is imported
     # How soon Ray Train sees that a worker died or uploaded a checkpoint: every two seconds by its default.
@@ -49,31 +71,25 @@ def connected(settings: Cluster) -> Iterator[None]:
     import ray.data
 
     if ray.is_initialized():
-        yield
         return
-    address = _address(settings)
-    with warnings.catch_warnings():
-        _quiet(settings.verbose)
-        local: dict[str, Any] = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
-        with contextlib.nullcontext() if settings.verbose else _stderr_closed():
-            try:
-                ray.init(
-                    address=address or "local",  # not any Ray that happens to run here
-                    log_to_driver=settings.verbose,
-                    logging_level=logging.INFO if settings.verbose else logging.ERROR,
-                    runtime_env={"env_vars": _environment()},
-                    **local,
-                )
-            except ConnectionError as error:
-                raise Refused(f"cluster.address: no Ray answers at {address}: {error}") from None
-        _quiet(settings.verbose)  # Ray Data sets its own levels when it is imported
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = settings.verbose
-        context.print_on_execution_start = False
+    _quiet(settings.verbose)
+    local: dict[str, Any] = {} if address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
+    with contextlib.nullcontext() if settings.verbose else _stderr_closed():
         try:
-            yield
-        finally:
-            ray.shutdown()
+            ray.init(
+                address=address or "local",  # not any Ray that happens to run here
+                log_to_driver=settings.verbose,
+                logging_level=logging.INFO if settings.verbose else logging.ERROR,
+                runtime_env={"env_vars": _environment()},
+                **local,
+            )
+        except ConnectionError as error:
+            raise Refused(f"cluster.address: no Ray answers at {address}: {error}") from None
+    stack.callback(ray.shutdown)
+    _quiet(settings.verbose)  # Ray Data sets its own levels when it is imported
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = settings.verbose
+    context.print_on_execution_start = False
 
 
 def _environment() -> dict[str, str]:
