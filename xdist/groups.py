@@ -36,18 +36,22 @@ def items(shards: int) -> list[dict[str, Any]]:
 
 def group(item: dict[str, Any], board: cluster.RemoteBoard, folder: str, parts: list[str]) -> dict[str, Any]:
     """Group the shards of an item that are not done yet; their counts."""
-    waiting = [shard for shard in item["shards"] if not files.exists(f"{folder}/corpus/{shard:05d}.parquet")]
-    for shard, rows in zip(waiting, _shard_rows(folder, parts, waiting), strict=True):
-        _group_shard(folder, shard, rows)
+    waiting = [shard for shard in item["shards"] if not files.exists(_uri(folder, shard))]
+    rows = dict(zip(waiting, _shard_rows(folder, parts, waiting), strict=True))
     done = []
     for shard in item["shards"]:
-        done.append(_counts(folder, shard))
+        table = _group_shard(folder, shard, rows.pop(shard)) if shard in rows else files.read_table(_uri(folder, shard))
+        done.append(_counts(folder, shard, table))
         board.count(str(item["shards"][0]), sum(result["pairs"] + sum(result["duplicates"].values()) for result in done))
     return {"shards": done}
 
 
-def _group_shard(folder: str, shard: int, rows: pa.Table) -> None:
-    """Write one shard; its Parquet file, written last, is the marker that it is done."""
+def _uri(folder: str, shard: int) -> str:
+    return f"{folder}/corpus/{shard:05d}.parquet"
+
+
+def _group_shard(folder: str, shard: int, rows: pa.Table) -> pa.Table:
+    """Write one shard, and give it; its Parquet file, written last, is the marker that it is done."""
     rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in ("hash", "language", "target")]))  # a stable sort
     first = _first_of_run(rows)
     again = rows.filter(pa.array(~first))
@@ -55,11 +59,12 @@ def _group_shard(folder: str, shard: int, rows: pa.Table) -> None:
     again = again.append_column("text", shown(again["source"], again["target"]))
     write_rejects(f"{folder}/rejects/duplicates-{shard:05d}.parquet", again)
     files.write_json(f"{folder}/parts/duplicates-{shard:05d}.json", collections.Counter(again["corpus"].to_pylist()))
-    files.write_table(f"{folder}/corpus/{shard:05d}.parquet", _grouped(rows.filter(pa.array(first))))
+    table = _grouped(rows.filter(pa.array(first)))
+    files.write_table(_uri(folder, shard), table)
+    return table
 
 
-def _counts(folder: str, shard: int) -> dict[str, Any]:
-    table = files.read_table(f"{folder}/corpus/{shard:05d}.parquet")
+def _counts(folder: str, shard: int, table: pa.Table) -> dict[str, Any]:
     pairs = pa.table({name: table[name].combine_chunks().flatten() for name in ("corpora", "languages")})
     by_corpus: dict[str, collections.Counter[str]] = {}
     for entry in pairs.group_by(["corpora", "languages"], use_threads=False).aggregate([([], "count_all")]).to_pylist():
