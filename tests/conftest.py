@@ -162,6 +162,21 @@ def make_recipe(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
+@pytest.fixture
+def save(tmp_path: Path, teacher: str) -> Callable[..., str]:
+    """Save a sentence-transformers folder of the tiny body and the modules given."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    def make(*modules: Any, **options: Any) -> str:
+        folder = tmp_path / f"saved{len(list(tmp_path.iterdir()))}"
+        body = Transformer(teacher, max_seq_length=32, **options)
+        SentenceTransformer(modules=[body, *modules], device="cpu").save(str(folder), create_model_card=False)
+        return str(folder)
+
+    return make
+
+
 # --- commands that are killed ---
 
 

@@ -55,16 +55,6 @@ def test_what_help_needs_is_light(name: str) -> None:
     assert ours(MODULES[name], at_import=True) <= {"config", "errors", "recipes"}
 
 
-@pytest.mark.parametrize("name", ["pipeline", "tasks", "weights", "preflight", "corpus"])
-def test_what_comes_before_the_first_progress_does_not_wait_for_torch(name: str) -> None:
-    waiting, reached = {name}, set()
-    while waiting:
-        reached.add(found := waiting.pop())
-        waiting |= (ours(MODULES[found], at_import=True) & MODULES.keys()) - reached
-    assert reached & {"files", "config"}
-    assert not [found for found in reached if {"torch", "transformers", "sentence_transformers"} & tops(MODULES[found], at_import=True)]
-
-
 @pytest.mark.parametrize(
     "name", ["batching", "loss", "metrics", "text", "chunks", "streams", "delimited", "records", "aligned", "formats", "filters"]
 )
@@ -75,7 +65,7 @@ def test_pure_parts_know_no_cluster(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config"},
-    {"recipes", "batching", "loss", "store", "track", "cluster", "files", "text", "progress", "metrics"},
+    {"recipes", "batching", "loss", "store", "weights", "track", "cluster", "files", "text", "progress", "metrics"},
     {"encoder", "student", "corpus", "checkpoint"},
     {"embed", "evaluate"},
     {"train"},

@@ -183,8 +183,8 @@ def test_training_shrinks_and_grows(nodes: Nodes, make_recipe: MakeRecipe, tmp_p
 
 def test_what_would_fail_later_is_refused_at_once(nodes: Nodes, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Storage that only the driver sees; machines that never come."""
-    track = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    alone = make_recipe(run={"storage": "memory://runs"}, track=track, cluster={"num_cpus": None})
+    tracked = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    alone = make_recipe(run={"storage": "memory://runs"}, track=tracked, cluster={"num_cpus": None})
     with on(nodes, alone, tmp_path) as job:
         assert job.process.wait(timeout=200) == 1
     assert len(re.findall(r"^  \S+ \(\S+\): does not see what the driver writes to memory://runs; set run\.storage", job.said(), re.M)) == 3

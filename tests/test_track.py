@@ -1,5 +1,6 @@
 """What MLflow is told about the corpora, wherever they lie."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from xdist import track
 from xdist.config import Recipe
+from xdist.errors import Refused
 
 
 @pytest.fixture
@@ -67,3 +69,19 @@ def test_a_child_is_opened_once_and_told_the_rest(run: str, tmp_path: Path, monk
 def test_a_server_is_looked_at_where_it_is() -> None:
     assert track.view("http://mlflow:5000") == "http://mlflow:5000"
     assert track.view("sqlite:////runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Refused("mend it"), mlflow.MlflowException("away"), None])
+def test_a_run_ends_as_its_job_does(tmp_path: Path, error: BaseException | None) -> None:
+    """With what the job raised, but for MLflow's own errors, which say what the user can do."""
+    recipe = Recipe(run={"name": "r", "storage": str(tmp_path)})  # type: ignore[arg-type]
+    raised = Refused if isinstance(error, mlflow.MlflowException) else type(error)
+    with pytest.raises(raised) if error else contextlib.nullcontext() as caught, track.run(recipe, "distill") as run_id:  # type: ignore[arg-type]
+        if error:
+            raise error
+    assert mlflow.MlflowClient(track.uri_of(recipe)).get_run(run_id).info.status == ("FAILED" if error else "FINISHED")
+    assert mlflow.active_run() is None
+    if isinstance(error, mlflow.MlflowException):
+        assert "went away" in str(caught.value)
+    with track.run(recipe, "distill") as again:  # the same run, whatever it ended as
+        assert again == run_id

@@ -319,8 +319,8 @@ def test_ctrl_c_stops_a_search_that_goes_on_later(make_recipe: MakeRecipe, tmp_p
 
 
 def test_optuna_goes_on_as_if_nothing_had_happened() -> None:
-    """A known objective, one trial after the other, past the first ten, which are random: killed at any of them, the search draws what it
-    would have drawn. Trials that had begun come first, whichever they were."""
+    """A known objective, one trial after the other, past the first ten, which are random: killed early, midway or late, the search draws
+    what it would have drawn. Trials that had begun come first, whichever they were."""
     pytest.importorskip("optuna")
     space = Space(name="s", searcher="tpe", samples=14, search={"train.lr": {"loguniform": [1e-5, 1]}, "train.clip": {"choice": [1, 2]}})  # type: ignore[dict-item]
 

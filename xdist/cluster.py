@@ -49,9 +49,13 @@ def connected(settings: Cluster) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _of_one_machine() -> Iterator[None]:
-    """Within it Ray is imported and started as on systems where it knows no clusters. Its own variable for that; children that are
-    no part of this Ray are not to inherit it."""
+    """Within it Ray is imported and started as on systems where it supports no clusters, and listens on 127.0.0.1 alone. It reads this
+    variable when it is first imported: a process that had imported it before is not changed. Children that are no part of this Ray
+    are not to inherit it, and a value of the user's own stands."""
     name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    if name in os.environ:
+        yield
+        return
     os.environ[name] = "0"
     try:
         yield

@@ -6,7 +6,7 @@ the cluster (GPUs where there are any); the measures are taken here.
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,14 +74,14 @@ def encode(recipe: Recipe, texts: list[str], models: list[Row], folder: str) -> 
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """All texts that are measured, each once, in a fixed order: of a language's labelled rows, those that a sample has."""
+    """All texts that are measured, each once, in a fixed order: of another language's labelled rows, those that a sample has."""
     found: dict[str, None] = {}
     for task in recipe.evaluate.tasks:
         for split, lang in tasks.measured(recipe, task):
             rows = tasks.read(recipe, task, split, lang)
             texts = rows["text"] + rows.get("text2", [])
             if split == "train" and lang != recipe.data.source_language:
-                texts = [texts[row] for picked in _samples(recipe, task, rows["label"]).values() for row in np.unique(picked)]
+                texts = [texts[row] for samples in _samples(recipe, task, rows["label"]).values() for row in np.unique(samples)]
             found.update(dict.fromkeys(texts))
     return list(found)
 
@@ -146,9 +146,12 @@ def _task_rows(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> Itera
 Found = Iterator[tuple[str, str, str, Score]]
 
 
-def _stack(texts: list[str], vectors: Vectors, rows: Iterable[int] | None = None) -> np.ndarray:
-    """Vectors of all texts, or of some rows."""
-    return np.stack([vectors[text] for text in (texts if rows is None else [texts[row] for row in rows])])
+def _stack(texts: list[str], vectors: Vectors) -> np.ndarray:
+    return np.stack([vectors[text] for text in texts])
+
+
+def _rows(texts: list[str], vectors: Vectors, rows: np.ndarray) -> np.ndarray:
+    return _stack([texts[row] for row in rows], vectors)
 
 
 def _mean(recipe: Recipe, outcomes: np.ndarray) -> Score:
@@ -183,13 +186,15 @@ def _classification(recipe: Recipe, task: Task, vectors: dict[str, Vectors]) -> 
             train = tasks.read(recipe, task, "train", lang)
             if max(task.shots) > len(train["text"]):
                 say(f"  {task.name}: only {len(train['text'])} training rows for {lang}, larger few-shot samples are left out")
-            for model, known in vectors.items():
-                y = _stack(test["text"], known)
-                found = _few_shot(recipe, task, train["label"], partial(_stack, train["text"], known), y, test["label"])
+            sides: dict[str, tuple[Callable[[np.ndarray], Any], Any]] = {
+                model: (partial(_rows, train["text"], known), _stack(test["text"], known)) for model, known in vectors.items()
+            }
+            matrix, tested = metrics.character_tfidf(train["text"], test["text"])
+            sides[BASELINE] = matrix.__getitem__, tested
+            samples = _samples(recipe, task, train["label"])
+            for model, (rows_of, y) in sides.items():
+                found = _few_shot(recipe, samples, train["label"], rows_of, y, test["label"])
                 yield from ((model, lang, name, score) for name, score in found)
-            matrix, y = metrics.character_tfidf(train["text"], test["text"])
-            found = _few_shot(recipe, task, train["label"], matrix.__getitem__, y, test["label"])
-            yield from ((BASELINE, lang, name, score) for name, score in found)
 
 
 def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np.ndarray) -> Iterator[tuple[str, Score]]:
@@ -203,13 +208,14 @@ def _scored(recipe: Recipe, head: metrics.Head, labels: list[str], predicted: np
 
 
 def _few_shot(
-    recipe: Recipe, task: Task, labels: list[str], vectors: Callable[[np.ndarray], Any], y: Any, truth: list[str]
+    recipe: Recipe, samples: dict[int, list[np.ndarray]], labels: list[str], rows_of: Callable[[np.ndarray], Any], y: Any, truth: list[str]
 ) -> Iterator[tuple[str, Score]]:
-    for size, samples in _samples(recipe, task, labels).items():
+    """`rows_of` gives the vectors of training rows."""
+    for size, of_size in samples.items():
         outcomes = []
-        for picked in samples:
+        for picked in of_size:
             with threadpool_limits(1):  # as in metrics.fit_chosen_head
-                head = metrics.fit_head(vectors(picked), [labels[row] for row in picked])
+                head = metrics.fit_head(rows_of(picked), [labels[row] for row in picked])
             outcomes.append(np.array([head.classes[guess] for guess in head.predict(y)]) == np.array(truth))
         yield f"few_shot_{size}_accuracy", _mean(recipe, np.mean(outcomes, axis=0))
 

@@ -95,10 +95,10 @@ def learn(
     on the vectors as they are, so that the first steps do not throw away what the encoder knows (linear probing, then fine-tuning:
     2202.10054). `seen` hears of how many texts."""
     truth = torch.tensor([start.classes.index(label) for label in labels], device=found.device)
-    weights, bias = (torch.tensor(part, device=found.device, requires_grad=True) for part in (start.weights, start.bias))
+    matrix, bias = (torch.tensor(part, device=found.device, requires_grad=True) for part in (start.weights, start.bias))
     ids = [np.asarray(row) for row in found.tokenize(texts, longest)]
     body = [parameter for parameter in found.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": body}, {"params": [weights, bias], "lr": settings.lr * HEAD_RATE}]
+    groups: list[dict[str, Any]] = [{"params": body}, {"params": [matrix, bias], "lr": settings.lr * HEAD_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps = _batches(len(ids), settings.batch_size, settings.epochs, seed)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
@@ -110,7 +110,7 @@ def learn(
         padded = batching.padded([ids[row] for row in picked], found.model.tokenizer.pad_token_id or 0, shape)
         vectors = found(*(torch.from_numpy(array).to(found.device) for array in padded))[: len(picked)]
         wanted = truth[torch.from_numpy(picked).to(found.device)]
-        loss = cross_entropy(linear(vectors, weights, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
+        loss = cross_entropy(linear(vectors, matrix, bias), wanted) if settings.method == "head" else contrastive(vectors, wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(body, clip)
@@ -118,7 +118,7 @@ def learn(
         decay.step()
         seen(done := done + len(picked))
     found.eval()
-    return metrics.Head(weights.detach().cpu().numpy(), bias.detach().cpu().numpy(), start.classes)
+    return metrics.Head(matrix.detach().cpu().numpy(), bias.detach().cpu().numpy(), start.classes)
 
 
 def _batches(count: int, size: int, epochs: int, seed: int) -> list[np.ndarray]:

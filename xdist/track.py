@@ -69,7 +69,7 @@ def view(uri: str) -> str:
 
 
 def _settle() -> None:
-    """MLflow without its chatter; a server that does not answer is given up after a minute (MLflow's own patience: four)."""
+    """MLflow without its chatter; a server that refuses connections is given up after a minute (MLflow's own patience: four)."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

@@ -177,7 +177,7 @@ def _tpe(space: Space, seed: int, records: list[dict[str, Any]]) -> Any:
 
     class Tpe(Searcher):
         """Asks Optuna for settings, key by key, so that conditional keys are only asked for where they apply. Each trial has a seed of
-        its own: a search that goes on draws what it would have drawn."""
+        its own: one after the other, trials of a search that goes on are those that it would have had."""
 
         def __init__(self) -> None:
             super().__init__(metric=space.metric, mode=space.mode)

@@ -1,10 +1,11 @@
-"""`ray up` for real: three hosts made of nothing, clusters/onprem.yaml on them, the demo trained across two of them, `ray down`.
+"""`ray up` for real: three hosts made of nothing, clusters/onprem.yaml on them, a hundred steps of the demo trained across two of
+them, `ray down`.
 
     python tests/cluster/ray_up.py
 
-To be run by hand, as root; needs the Debian packages openssh-server, openssh-client, rsync and iproute2. A host is a network
-namespace with an address, a sshd, a home and processes of its own: what stops Ray on one of them, as `ray down` does, sees no
-process of another or of this machine. The hosts share this machine's files. All that is made here is gone at the end.
+To be run by hand, as root; needs the Debian packages openssh-server, openssh-client, rsync and iproute2, and the extra `demo`. A host
+is a network namespace with an address, a sshd, a home and processes of its own: what stops Ray on one of them, as `ray down` does, sees
+no process of another or of this machine. The hosts share this machine's files. All that is made here is gone at the end.
 """
 
 import contextlib
