@@ -59,7 +59,7 @@ losses = [train.step(model, model, optimizer, [batch], recipe.train, 1.0, 1, Tru
 model.model.save(f"{recipe.folder}/student", create_model_card=False)
 
 again = SentenceTransformer(f"{recipe.folder}/student", device="cpu")
-base = weights.located(recipe.teacher.model_copy(update={"model": recipe.student.base}))
+base = weights.other(recipe, recipe.student.base)
 json.dump({
     "teacher": teacher_folder, "base": base, "losses": losses, "classes": [type(module).__name__ for module in again],
     "teacher_class": type(teacher.body).__name__, "body": type(again[0].auto_model).__name__,

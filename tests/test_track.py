@@ -1,4 +1,4 @@
-"""What MLflow is told about the corpora, wherever they lie."""
+"""What MLflow is told: of corpora wherever they lie, of trials, and how a run ended."""
 
 import contextlib
 import json

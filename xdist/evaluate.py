@@ -127,7 +127,7 @@ def load(recipe: Recipe, item: Row) -> "tuple[Encoder, int]":
         elif "folder" in item:
             folder = files.local(item["folder"])
         else:
-            folder = weights.located(recipe.teacher.model_copy(update={"model": item["checkpoint"], "revision": None}))
+            folder = weights.other(recipe, item["checkpoint"])
         found = encoder.load(folder, recipe.train.precision, recipe.train.attention, recipe.teacher.trust_remote_code, prompt)
     return found, longest
 

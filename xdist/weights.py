@@ -37,10 +37,14 @@ def located(settings: Teacher) -> str:
     return os.path.abspath(folder)
 
 
+def other(recipe: Recipe, name: str) -> str:
+    """`located` for a checkpoint beside the teacher, on the teacher's terms (pickle, code of its own)."""
+    return located(recipe.teacher.model_copy(update={"model": name, "revision": None}))
+
+
 def of_student(recipe: Recipe, teacher_folder: str) -> str:
     """Local folder of the checkpoint that the student starts from; raises as `located`."""
-    base = recipe.student.base
-    return teacher_folder if base == "teacher" else located(recipe.teacher.model_copy(update={"model": base, "revision": None}))
+    return teacher_folder if recipe.student.base == "teacher" else other(recipe, recipe.student.base)
 
 
 def _in_package(path: str) -> str:
