@@ -17,16 +17,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.commands import SETTINGS
 from benchmarks.machine import ROOT, machine, versions
 from benchmarks.measure import MODEL, Options
-from xdist.cluster import WORKERS
 
 NAMES = ("embedding", "training", "streaming", "overhead", "workers", "start", "evaluation")
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
 HERE = "XDIST_BENCHMARK"  # set in the process that measures
 
-# Both sides get the memory and kernel settings that xdist gives its own workers, and no network.
-ENVIRONMENT = {name: WORKERS[name] for name in ("GLIBC_TUNABLES", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")} | {
+LIKE_WORKERS = ("training", "overhead", "workers")  # what these measure in a process of their own has the SETTINGS of a worker
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", HERE: "1",
 }  # fmt: skip
 
@@ -47,7 +47,8 @@ def main() -> int:
         failed = []
         for name in arguments.names or NAMES:
             print(f"{name} …", flush=True)
-            if subprocess.run([*without, name, "--out", str(out)], cwd=ROOT, env=os.environ | ENVIRONMENT).returncode:
+            env = os.environ | ENVIRONMENT | (SETTINGS if name in LIKE_WORKERS else {})
+            if subprocess.run([*without, name, "--out", str(out)], cwd=ROOT, env=env).returncode:
                 failed.append(name)
         entries = results.merge(out, [])
         print("\n" + results.table(entries))

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import psutil
 
 from benchmarks.machine import ROOT
+from xdist.cluster import WORKERS
 
 LOOK_EVERY = 0.25  # seconds between looks at memory
+
+# The memory and kernel settings that xdist gives its own workers: its side of a measure that runs outside of one gets them too.
+SETTINGS = {name: WORKERS[name] for name in ("GLIBC_TUNABLES", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")}
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,13 @@ class Watched:
         return next(at for at, line in self.lines if line.strip().startswith(beginnings))
 
 
-def command(arguments: Sequence[str], until: str | None = None) -> Watched:
-    """Run Python with these arguments in the project's folder; with `until`, interrupt it at the first line that begins so.
+def command(arguments: Sequence[str], until: str | None = None, plain: bool = False) -> Watched:
+    """Run Python with these arguments in the project's folder; with `until`, interrupt it at the first line that begins so; `plain`,
+    without our SETTINGS, as a peer's user would.
     Memory is the proportional set size, in which a shared page counts once, looked at every LOOK_EVERY."""
     started, lines, highest, ended = time.monotonic(), [], [0.0], threading.Event()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    env = {name: value for name, value in os.environ.items() if not plain or SETTINGS.get(name) != value}
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, highest, ended))
     watcher.start()
     try:

@@ -1,7 +1,11 @@
-"""The peer of training: SentenceTransformerTrainer with MSELoss and the settings of sentence-transformers' make_multilingual.py."""
+"""The peer of training: SentenceTransformerTrainer with MSELoss and the settings of sentence-transformers' make_multilingual.py.
+
+python -m benchmarks.peer MODEL PAIRS STEPS float32|bf16 [OUT]     prints texts/s, seconds and texts; OUT is for the student
+"""
 
 import contextlib
 import io
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -10,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import floor
+from benchmarks.commands import command
 from xdist import files
 from xdist.config import Recipe
 from xdist.corpus import Prepared
@@ -49,8 +54,9 @@ class Clock:
         return sequences, tokens
 
 
-def dataset(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint) -> Any:
-    """The run's pairs as the trainer takes them: english, non_english, label (the teacher's vector of the English sentence)."""
+def write_pairs(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint) -> str:
+    """The folder of the run's pairs as the trainer takes them: english, non_english, label (the teacher's vector of the English
+    sentence)."""
     from datasets import Dataset
 
     found: dict[str, list[Any]] = {"english": [], "non_english": [], "label": []}
@@ -62,12 +68,30 @@ def dataset(recipe: Recipe, prepared: Prepared, fingerprint: Fingerprint) -> Any
             found["english"] += [row["source"]] * len(row["texts"])
             found["non_english"] += row["texts"]
             found["label"] += [vector] * len(row["texts"])
-    return Dataset.from_dict(found)
+    Dataset.from_dict(found).save_to_disk(folder := f"{recipe.folder}/pairs")
+    return folder
 
 
-def trained(folder: str, pairs: Any, steps: int, bf16: bool) -> tuple[Any, Clock]:
+@dataclass(frozen=True)
+class Trained:
+    """A training that ended: texts per second without the first step; seconds and texts with it."""
+
+    rate: float
+    seconds: float
+    texts: int
+
+
+def train(folder: str, pairs: str, steps: int, precision: str, out: str = "") -> Trained:
+    """Train the student of a folder in a process as the peer's user has it; with `out`, keep the student there."""
+    arguments = ["-m", "benchmarks.peer", folder, pairs, str(steps), precision, *([out] if out else [])]
+    rate, seconds, count = command(arguments, plain=True).lines[-1][1].split()
+    return Trained(float(rate), float(seconds), int(count))
+
+
+def _trained(folder: str, pairs: str, steps: int, bf16: bool) -> tuple[Any, Clock]:
     """The student of a folder after so many steps, and its clock; a step reads BATCH pairs, which are twice as many texts."""
     import torch
+    from datasets import load_from_disk
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MSELoss
     from transformers import TrainerCallback
@@ -91,6 +115,14 @@ def trained(folder: str, pairs: Any, steps: int, bf16: bool) -> tuple[Any, Clock
             bf16=bf16, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", dataloader_drop_last=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=MSELoss(model), callbacks=[Watch()])
+        read = load_from_disk(pairs)
+        trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=read, loss=MSELoss(model), callbacks=[Watch()])
         trainer.train()
     return model, clock
+
+
+if __name__ == "__main__":
+    student, found = _trained(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "bf16")
+    for folder in sys.argv[5:]:
+        student.save(folder, create_model_card=False)
+    print(found.rates()[0], found.seconds, found.sequences)

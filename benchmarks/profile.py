@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import ready, texts
 from benchmarks.__main__ import ENVIRONMENT, HERE
+from benchmarks.commands import SETTINGS
 from benchmarks.machine import ROOT
 from benchmarks.measure import Options
 from xdist import encoder, shards, train, weights
@@ -75,6 +76,6 @@ def _measured(folder: Path) -> str:
 
 if __name__ == "__main__":
     if HERE not in os.environ:
-        sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.profile"], cwd=ROOT, env=os.environ | ENVIRONMENT).returncode)
+        sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.profile"], cwd=ROOT, env=os.environ | ENVIRONMENT | SETTINGS).returncode)
     with tempfile.TemporaryDirectory() as scratch:
         print(_measured(Path(scratch)))

@@ -28,12 +28,12 @@ def measures(options: Options) -> Iterator[Measure]:
     if importlib.util.find_spec("accelerate") is None:
         yield Measure("training", "texts/s", [ours(recipe)[1].rates()[0] for _ in range(options.repeats)], note=peer.MISSING)
     else:
-        pairs = peer.dataset(recipe, prepared, fingerprint)
+        pairs = peer.write_pairs(recipe, prepared, fingerprint)
         steps = options.size(5, 2)
         sides = {
             "ours": lambda: ours(recipe)[1].rates()[0],
-            "float32": lambda: peer.trained(initial, pairs, steps, bf16=False)[1].rates()[0],
-            "bf16": lambda: peer.trained(initial, pairs, steps, bf16=True)[1].rates()[0],
+            "float32": lambda: peer.train(initial, pairs, steps, "float32").rate,
+            "bf16": lambda: peer.train(initial, pairs, steps, "bf16").rate,
             "floor": lambda: floor_rate(recipe),
         }
         rates = in_turns(sides, options.repeats)
@@ -41,7 +41,7 @@ def measures(options: Options) -> Iterator[Measure]:
             against = f"SentenceTransformerTrainer, MSELoss, {precision}"
             yield Measure(f"training, {precision} peer", "texts/s", rates["ours"], rates[precision], against)
         yield Measure("training, floor", "texts/s", rates["ours"], rates["floor"], "matrix products alone, three times those of encoding")
-        yield from _quality(options, recipe, pairs, bf16=max(rates["bf16"]) > max(rates["float32"]))
+        yield from _quality(options, recipe, pairs, max(("float32", "bf16"), key=lambda precision: max(rates[precision])))
     yield vocabulary.step_times(options, recipe)
 
 
@@ -71,20 +71,21 @@ def floor_rate(recipe: Recipe) -> float:
     return len(lengths) * rate / (3 * floor.operations(student.body.config, lengths.tolist()))
 
 
-def _quality(options: Options, recipe: Recipe, pairs: Any, bf16: bool) -> Iterator[Measure]:
+def _quality(options: Options, recipe: Recipe, pairs: str, precision: str) -> Iterator[Measure]:
     """The peer's better setting for some thousand texts; ours for as many texts, and for as many seconds."""
     rows = texts.rows("sentences", "test")[: options.size(10_000, 20)]
     before = encoder.sentence_transformer(f"{recipe.folder}/initial", "eager")
-    model, clock = peer.trained(f"{recipe.folder}/initial", pairs, options.size(32, 2), bf16)
-    theirs, about = retrieval(model, rows), f"{clock.sequences:,} texts; before training {retrieval(before, rows):.1f}"
+    peers = peer.train(f"{recipe.folder}/initial", pairs, options.size(32, 2), precision, out := f"{recipe.folder}/peer")
+    theirs = retrieval(encoder.sentence_transformer(out, "eager"), rows)
+    about = f"{peers.texts:,} texts; before training {retrieval(before, rows):.1f}"
     _, pace = ours(recipe)
-    same_texts, texts_clock = ours(_with_steps(recipe, clock.sequences / pace.sequences))
-    same_seconds, seconds_clock = ours(_with_steps(recipe, clock.seconds / pace.seconds))
-    against = f"SentenceTransformerTrainer, MSELoss, {'bf16' if bf16 else 'float32'}"
+    same_texts, texts_clock = ours(_with_steps(recipe, peers.texts / pace.sequences))
+    same_seconds, seconds_clock = ours(_with_steps(recipe, peers.seconds / pace.seconds))
+    against = f"SentenceTransformerTrainer, MSELoss, {precision}"
     about_ours = f"{about}; ours {texts_clock.sequences:,} texts"
     yield Measure("training, retrieval after equal texts", "%", [retrieval(same_texts, rows)], [theirs], against, note=about_ours)
-    yield Measure("training, seconds of equal texts", "s", [texts_clock.seconds], [clock.seconds], against, less=True)
-    about_ours = f"{clock.seconds:.0f} s, {about}; ours {seconds_clock.seconds:.0f} s, {seconds_clock.sequences:,} texts"
+    yield Measure("training, seconds of equal texts", "s", [texts_clock.seconds], [peers.seconds], against, less=True)
+    about_ours = f"{peers.seconds:.0f} s, {about}; ours {seconds_clock.seconds:.0f} s, {seconds_clock.sequences:,} texts"
     yield Measure("training, retrieval after equal seconds", "%", [retrieval(same_seconds, rows)], [theirs], against, note=about_ours)
 
 
