@@ -1,6 +1,8 @@
-"""Two workers beside one, a core each: training the same steps, and embedding the same sentences."""
+"""Two machines of one core beside one such machine, as far as two cores can stand for them: the same training steps with a worker on
+each, and the same sentences with a teacher on each. All processes of one machine, Ray's too, share its core."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from benchmarks import ready
@@ -10,8 +12,8 @@ from benchmarks.overhead import embed_rate, embed_run, train_rate
 
 
 def measures(options: Options) -> Iterator[Measure]:
-    """Tokens and sentences per second; nothing on a machine with one core."""
-    if machine()["cores"] < 2:
+    """Tokens and sentences per second; nothing where there is one core, or where processes cannot be kept to some of them."""
+    if machine()["cores"] < 2 or not hasattr(os, "sched_setaffinity"):
         return
     train = {"steps": options.size(100, 6), "log_every": options.size(10, 2), "micro_batches": 2}
     runs = {
@@ -21,9 +23,21 @@ def measures(options: Options) -> Iterator[Measure]:
         for count in (1, 2)
     }
     ready.make(runs[1])
-    found = in_turns({str(count): partial(train_rate, recipe) for count, recipe in runs.items()}, options.repeats)
-    yield Measure("training, 2 workers", "tokens/s", found["2"], found["1"], "1 worker")
+    found = in_turns(
+        {str(count): partial(_on_cores, count, partial(train_rate, recipe)) for count, recipe in runs.items()}, options.repeats
+    )
+    yield Measure("training, 2 workers", "tokens/s", found["2"], found["1"], "1 worker, 1 core")
     recipe, prepared, fingerprint = embed_run(options)
-    sides = {str(count): partial(embed_rate, recipe, prepared, fingerprint, count) for count in (1, 2)}
+    sides = {str(count): partial(_on_cores, count, partial(embed_rate, recipe, prepared, fingerprint, count)) for count in (1, 2)}
     found = in_turns(sides, options.repeats)
-    yield Measure("embedding, 2 actors", "sentences/s", found["2"], found["1"], "1 actor")
+    yield Measure("embedding, 2 actors", "sentences/s", found["2"], found["1"], "1 actor, 1 core")
+
+
+def _on_cores(count: int, work: Callable[[], float]) -> float:
+    """What work gives while this thread, and every process that it starts, keep to so many cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        return work()
+    finally:
+        os.sched_setaffinity(0, before)
