@@ -1,6 +1,7 @@
-"""The peer of training: SentenceTransformerTrainer with MSELoss and the settings of sentence-transformers' make_multilingual.py.
+"""The peer of training: SentenceTransformerTrainer with MSELoss and the settings of sentence-transformers' make_multilingual.py,
+in a process of its own.
 
-python -m benchmarks.peer MODEL PAIRS STEPS float32|bf16 [OUT]     prints texts/s, seconds and texts; OUT is for the student
+    python -m benchmarks.peer MODEL PAIRS STEPS float32|bf16 [OUT]     prints texts/s, seconds and texts; OUT is for the student
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""Two machines of one core beside one such machine, as far as two cores can stand for them: the same training steps with a worker on
-each, and the same sentences with a teacher on each. All processes of one machine, Ray's too, share its core."""
+"""Twice the cores and twice the workers: the same training steps by a worker on each of two cores and by one on one core, and the same
+sentences by as many teachers. Ray's own processes keep to these cores too, as they would on machines of that size."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def measures(options: Options) -> Iterator[Measure]:
 
 
 def _on_cores(count: int, work: Callable[[], float]) -> float:
-    """What work gives while this thread, and every process that it starts, keep to so many cores."""
+    """What work gives while this thread, and every process that it starts, keeps to so many cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
