@@ -102,6 +102,7 @@ def plot(path: Path, entries: Sequence[Entry]) -> None:
     """Bars of the ratios, on a logarithmic axis, from as good as the peer on."""
     import matplotlib
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     shown = [found for found in entries if found["ratio"]][::-1]
     with matplotlib.rc_context(STYLE):
@@ -113,7 +114,9 @@ def plot(path: Path, entries: Sequence[Entry]) -> None:
         )
         axis.bar_label(bars, [f"{value:.2f} ×" for value in values], padding=3, fontsize=8)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g} ×")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.axvline(1, color="#444", lw=1)
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(axis="y", visible=False)
