@@ -25,7 +25,7 @@ NAMES = ("embedding", "training", "streaming", "overhead", "workers", "start", "
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
 HERE = "XDIST_BENCHMARK"  # set in the process that measures
 
-LIKE_WORKERS = ("training", "overhead", "workers")  # what these measure in a process of their own has the SETTINGS of a worker
+LIKE_WORKERS = ("training", "overhead")  # these measure training and encoding outside of a worker, with the SETTINGS of one
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", HERE: "1",
 }  # fmt: skip

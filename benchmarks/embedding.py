@@ -43,7 +43,7 @@ def measures(options: Options) -> Iterator[Measure]:
     wanted, given = plain.encode(found, normalize_embeddings=True), ours.encode(found)
     about += f"; least cosine to float32 {(wanted * given).sum(1).min():.5f}"
     yield Measure("embedding", "texts/s", rates["ours"], rates["plain"], "SentenceTransformer.encode, default", note=about)
-    yield Measure("embedding, best peer", "texts/s", rates["ours"], rates["best"], f"SentenceTransformer.encode, bf16, batches of {size}")
+    yield Measure("embedding, bf16 peer", "texts/s", rates["ours"], rates["best"], f"SentenceTransformer.encode, bf16, batches of {size}")
     for name, model in backends.items():
         against = f"SentenceTransformer.encode, {name}"
         missing = isinstance(model, str)

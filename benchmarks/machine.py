@@ -41,7 +41,7 @@ def _lines(path: str) -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of Python, of this project (its commit, with a + where the code is not that of the commit) and of what computes."""
     commit = _git("rev-parse", "--short", "HEAD") or "?"
-    changed = "+" if _git("status", "--porcelain", "--", "xdist", "jobs", "recipes") else ""
+    changed = "+" if _git("status", "--porcelain", "--", "xdist", "jobs", "recipes", "benchmarks/*.py") else ""
     return {"python": platform.python_version(), "xdist": commit + changed} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 

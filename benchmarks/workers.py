@@ -1,4 +1,4 @@
-"""Twice the cores and twice the workers: the same training steps by a worker on each of two cores and by one on one core, and the same
+"""Twice the cores and twice the workers: the same training steps by two workers on two cores and by one on one core, and the same
 sentences by as many teachers. Ray's own processes keep to these cores too, as they would on machines of that size."""
 
 import os
