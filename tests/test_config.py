@@ -157,6 +157,46 @@ def test_the_command_line_overrides_by_dotted_name(tmp_path: Path, argv: list[st
 
 
 @pytest.mark.parametrize(
+    ("argv", "key", "expected"),
+    [
+        (["--train.loss.mse", "2e-1"], "train.loss", {"similarity": 3, "mse": 0.2}),
+        (["--train.loss.mse=2", "--train.loss", "cosine=1"], "train.loss", {"cosine": 1, "mse": 2}),
+        (["--data.corpora.a.b.weight", "5"], "data.corpora", [("a", 1), ("a.b", 5)]),
+        (["--evaluate.tasks.t.shots", "[8, 32]"], "evaluate.tasks", [("t", [8, 32])]),
+    ],
+)
+def test_named_entries_are_overridden_by_their_name(tmp_path: Path, argv: list[str], key: str, expected: Any) -> None:
+    """Before the recipe or behind it; the entries beside it stay."""
+    text = "data: {corpora: [{name: a, path: x}, {name: a.b, path: y}]}\nevaluate: {tasks: [{name: t, kind: sts, test: 'z.{lang}'}]}\n"
+    file = recipe(tmp_path, text + "train: {loss: {similarity: 3}}")
+    for arguments in ([*argv, file], [file, *argv]):
+        found, _ = recipes.parse(arguments, "")
+        value: Any = {
+            "train.loss": found.train.loss,
+            "data.corpora": [(corpus.name, corpus.weight) for corpus in found.data.corpora],
+            "evaluate.tasks": [(task.name, task.shots) for task in found.evaluate.tasks],
+        }[key]
+        assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.loss.mes", "1"], r"command line: train\.loss: unknown loss 'mes'; did you mean mse"),
+        (["--train.loss.mse", "much"], r"command line: train\.loss\.mse: Input should be a valid number"),
+        (["--train.loss.mse"], r"command line: train\.loss\.mse: "),
+        (["--train.loss.mse", "[1"], r"command line: train\.loss\.mse: '\[1' is not valid YAML"),
+        (["--data.corpora.b.weight", "1"], r"command line: data\.corpora\.b\.weight: no such entry; there are a"),
+        (["--data.corpora.a.wieght", "1"], r"command line: data\.corpora\.0\.wieght: unknown key; did you mean"),
+        (["--data.corpora.a.weight", "-1"], r"command line: data\.corpora\.0\.weight: Input should be greater than 0"),
+    ],
+)
+def test_named_entries_that_are_not_there_are_refused(tmp_path: Path, argv: list[str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        parse(tmp_path, *argv, text="data: {corpora: [{name: a, path: x}]}")
+
+
+@pytest.mark.parametrize(
     "argv", [["--data.languages", "[oops"], ["--train.loss", "{mse"], ["--train.steps", "many"], ["--data.corpora", "x"]]
 )
 def test_overrides_that_make_no_sense_are_refused_in_one_message(tmp_path: Path, argv: list[str]) -> None:

@@ -170,7 +170,7 @@ def test_a_missing_space_is_refused() -> None:
 
 def test_named_entries_and_mappings_are_reached_by_their_dotted_keys() -> None:
     recipe = recipes.load(ROOT / "recipes" / "demo.yaml")
-    found = spaces.applied(recipe, {"data.corpora.terms.weight": 5, "train.loss.mse": 2, "train.lr": 0.1})
+    found = recipes.applied(recipe, {"data.corpora.terms.weight": 5, "train.loss.mse": 2, "train.lr": 0.1})
     assert {corpus.name: corpus.weight for corpus in found.data.corpora} == {"sentences": 6, "terms": 5, "phrases": 1, "everyday": 3}
     assert found.train.loss == {"cosine": 1, "similarity": 10, "soft_contrastive": 0.2, "mse": 2}
     assert recipe.train.lr == 4e-4
@@ -191,7 +191,7 @@ def test_preparations_of_a_tpe_space_are_all_combinations() -> None:
 
 
 def test_a_written_recipe_is_the_recipe(tmp_path: Path) -> None:
-    recipe = spaces.applied(recipes.load(ROOT / "recipes" / "demo.yaml"), {"train.lr": 0.123})
+    recipe = recipes.applied(recipes.load(ROOT / "recipes" / "demo.yaml"), {"train.lr": 0.123})
     path = tmp_path / "best.yaml"
     path.write_text(spaces.written(recipe, "why"))
     assert recipes.load(path) == recipe

@@ -7,7 +7,7 @@ import csv
 import io
 from typing import Any
 
-from xdist import files, spaces
+from xdist import files, recipes, spaces
 from xdist.config import Recipe
 from xdist.spaces import Space
 from xdist.trials import Row, shown
@@ -31,7 +31,7 @@ def best(recipe: Recipe, search: Recipe, space: Space, rows: list[Row]) -> str:
     """The recipe with the best trial's settings, as YAML. What the space fixed is in it too, apart from the search's length."""
     settings = space.fixed | {key: value for key, value in rows[0]["settings"].items() if key != "run.seed"}
     searched = [key for key in settings if key in space.search or key not in LENGTH]
-    found = spaces.applied(recipe, {key: settings[key] for key in searched})
+    found = recipes.applied(recipe, {key: settings[key] for key in searched})
     found = found.model_copy(update={"run": found.run.model_copy(update={"name": f"{search.run.name}-best"})})
     return spaces.written(found, f"Best of {len(rows)} trials of search {search.run.name}: {space.metric} {rows[0]['mean']:.4f}")
 

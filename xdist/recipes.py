@@ -1,6 +1,6 @@
 """Recipes: from a YAML file and the command line to checked settings, with errors that name the file and the key.
 
-python jobs/distill.py recipes/demo.yaml --train.lr 3e-4 --data.languages es,fr
+python jobs/distill.py recipes/demo.yaml --train.lr 3e-4 --data.languages es,fr --data.corpora.terms.weight 5
 """
 
 import argparse
@@ -17,6 +17,10 @@ from pydantic_settings import CliSettingsSource, SettingsError
 from xdist.config import Recipe, absolute, closest
 from xdist.errors import Refused
 
+NAMED = ("--train.loss.", "--data.corpora.", "--evaluate.tasks.")  # sections whose entries have names of the user's choice
+EPILOG = """Entries are reached by their names, with values in YAML:
+  --train.loss.mse 2   --data.corpora.terms.weight 5   --evaluate.tasks.topic.shots '[8, 32]'"""
+
 
 def parse(
     argv: Sequence[str], description: str, flags: dict[str, str] | None = None, before: dict[str, str] | None = None
@@ -27,7 +31,7 @@ def parse(
     Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
     """
     parser = argparse.ArgumentParser(
-        description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description.strip(), epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for name, help_text in (before or {}).items():
         parser.add_argument(name, help=help_text)
@@ -35,14 +39,34 @@ def parse(
     for name, help_text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
     cli: CliSettingsSource[Any] = CliSettingsSource(Recipe, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
-    args = parser.parse_args(argv)
+    others, named = _named(argv)
+    args = parser.parse_args(others)
     try:
         overrides = cli(parsed_args=args)()
     except (SettingsError, ValueError) as error:
         raise Refused(
             f'command line: {error.__cause__ or error}; write lists as a,b or \'["a", "b"]\' and mappings as \'{{"key": 1}}\''
         ) from None
-    return load(args.recipe, overrides), args
+    return load(args.recipe, overrides, named), args
+
+
+def _named(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The other arguments, and the values given to NAMED entries by dotted key. argparse cannot know these options: their names are
+    the recipe's."""
+    others: list[str] = []
+    found: dict[str, Any] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.startswith(NAMED):
+            key, equals, value = argument.removeprefix("--").partition("=")
+            given = value if equals else next(arguments, "")
+            try:
+                found[key] = yaml.load(given, _StrictLoader)
+            except yaml.YAMLError as error:
+                raise Refused(f"command line: {key}: {given!r} is not valid YAML: {error}") from None
+        else:
+            others.append(argument)
+    return others, found
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -81,13 +105,13 @@ def _text(path: str) -> str:
     return files.read(path).decode()
 
 
-def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe file, with overrides as a nested dictionary."""
+def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None, named: dict[str, Any] | None = None) -> Recipe:
+    """A recipe file, with overrides as a nested dictionary, and then values of named entries by dotted key."""
     settings = _merged(read_yaml(path, "recipe", "recipes/"), overrides or {})
     own: dict[str, Any] = {"run": {"recipe_folder": os.path.dirname(absolute(str(path)))}}
     if server := os.environ.get("MLFLOW_TRACKING_URI"):  # resolved here: workers may not have it
         own["track"] = {"uri": server}
-    recipe = check(_merged(own, settings), str(path))
+    recipe = applied(check(_merged(own, settings), str(path)), named or {}, "command line")
     return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
 
 
@@ -127,6 +151,36 @@ def check(settings: dict[str, Any], origin: str) -> Recipe:
                 "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …)"
             )
     return recipe
+
+
+def applied(recipe: Recipe, changes: dict[str, Any], origin: str = "trial") -> Recipe:
+    """The recipe with dotted keys changed (named entries of lists by their name), checked as a whole. Raises Refused for a key that is
+    not there."""
+    settings = recipe.model_dump()
+    for key, value in changes.items():
+        _put(settings, key, value, origin, key)
+    return check(settings, origin)
+
+
+def _put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str) -> None:
+    first, _, rest = key.partition(".")
+    inside = settings.get(first)
+    if not rest:
+        settings[first] = value
+    elif isinstance(inside, dict):
+        _put(inside, rest, value, origin, whole)
+    elif isinstance(inside, list) and inside and all(isinstance(entry, dict) and "name" in entry for entry in inside):
+        found = [entry for entry in inside if rest.startswith(f"{entry['name']}.")]
+        if not found:
+            raise Refused(
+                f"{origin}: {whole}: no such entry; there are {', '.join(entry['name'] for entry in inside)}, each with keys of its own"
+            )
+        entry = max(found, key=lambda entry: len(entry["name"]))  # one name may begin with another
+        _put(entry, rest.removeprefix(f"{entry['name']}."), value, origin, whole)
+    elif first in settings:
+        raise Refused(f"{origin}: {whole}: {first} has no keys of its own")
+    else:
+        settings[first] = {rest: value}  # left to the recipe's own check, which knows what was probably meant
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -185,36 +185,10 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], recipe: Recipe)
         space = Space(**({"name": Path(path).stem} | settings))
     except ValidationError as error:
         raise Refused("\n".join(recipes.explained(error, str(path), list(Space.model_fields)))) from None
-    fixed = applied(recipe, space.fixed, str(path))
+    fixed = recipes.applied(recipe, space.fixed, str(path))
     for trial in trials(space):
-        applied(fixed, trial, str(path))
+        recipes.applied(fixed, trial, str(path))
     return space
-
-
-def applied(recipe: Recipe, changes: Trial, origin: str = "trial") -> Recipe:
-    """The recipe with dotted keys changed, checked as a whole. Raises Refused for a key that is not there."""
-    settings = recipe.model_dump()
-    for key, value in changes.items():
-        _put(settings, key, value, origin, key)
-    return recipes.check(settings, origin)
-
-
-def _put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str) -> None:
-    first, _, rest = key.partition(".")
-    inside = settings.get(first)
-    if not rest:
-        settings[first] = value
-    elif isinstance(inside, dict):
-        _put(inside, rest, value, origin, whole)
-    elif isinstance(inside, list) and inside and all(isinstance(entry, dict) and "name" in entry for entry in inside):
-        found = [entry for entry in inside if rest.startswith(f"{entry['name']}.")]
-        if not found:
-            raise Refused(f"{origin}: {whole}: no such entry; there are {', '.join(entry['name'] for entry in inside)}")
-        _put(found[0], rest.removeprefix(f"{found[0]['name']}."), value, origin, whole)
-    elif first in settings:
-        raise Refused(f"{origin}: {whole}: {first} has no keys of its own")
-    else:
-        settings[first] = {rest: value}  # left to the recipe's own check, which knows what was probably meant
 
 
 def trials(space: Space, seed: int = 0) -> list[Trial]:

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 def trial_recipe(search: Recipe, trial: Trial) -> Recipe:
     """A trial's recipe. Its folder is that of its training shards; it saves a checkpoint whenever it is compared."""
-    found = spaces.applied(search, trial)
+    found = recipes.applied(search, trial)
     digest = xxhash.xxh3_64_hexdigest(json.dumps(spaces.preparation(trial), sort_keys=True, default=str).encode())
     run = found.run.model_copy(update={"name": f"{search.run.name}/prepared/{digest}"})
     train_ = found.train.model_copy(update={"checkpoint_every": found.train.evaluate_every})

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from xdist import cluster, files, selection, shards, spaces, track, train, trials
+from xdist import cluster, files, recipes, selection, shards, spaces, track, train, trials
 from xdist.config import Recipe
 from xdist.errors import Refused
 from xdist.progress import say
@@ -31,7 +31,7 @@ from xdist.trials import Row, label, name_of, row, sign
 
 def search_recipe(recipe: Recipe, space: Space) -> Recipe:
     """The recipe under the search's own name and with its fixed keys: what trials vary."""
-    fixed = spaces.applied(recipe, space.fixed)
+    fixed = recipes.applied(recipe, space.fixed)
     return fixed.model_copy(update={"run": recipe.run.model_copy(update={"name": f"{recipe.run.name}-{space.name}"})})
 
 
