@@ -74,7 +74,7 @@ def test_whole_way(finished: tuple[Recipe, str], capsys: pytest.CaptureFixture[s
 def test_mlflow_holds_the_run(finished: tuple[Recipe, str]) -> None:
     import mlflow
 
-    recipe, _ = finished
+    recipe, shown = finished
     uri = f"sqlite:///{recipe.run.storage}/mlflow.db"
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("xdist")
@@ -92,6 +92,9 @@ def test_mlflow_holds_the_run(finished: tuple[Recipe, str]) -> None:
     assert [(entry.dataset.name, json.loads(entry.dataset.profile)) for entry in run.inputs.dataset_inputs] == [("toy", {"num_rows": 800})]
     names = {entry.path for entry in client.list_artifacts(run.info.run_id)}
     assert {"report.html", "plots", "recipe.yaml"} <= names
+    table = run.data.tags["mlflow.note.content"].removeprefix("```\n").removesuffix("\n```")
+    assert table in shown
+    assert re.search(r"^topic +de +[\d.]+ +[\d.]+ +[\d.]+ ", table, re.M)
 
     # The model loads back and embeds as the student does.
     from sentence_transformers import SentenceTransformer

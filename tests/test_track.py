@@ -66,6 +66,23 @@ def test_a_child_is_opened_once_and_told_the_rest(run: str, tmp_path: Path, monk
     assert other != child
 
 
+def test_a_description_is_the_newest_table_unless_a_person_wrote_it(run: str) -> None:
+    def described(table: str) -> str:
+        with mlflow.start_run(run_id=run):
+            track.describe(table)
+        return str(mlflow.get_run(run).data.tags["mlflow.note.content"])
+
+    assert described("\n  task  after\n  a     71.2\n") == "```\n  task  after\n  a     71.2\n```"
+    lines = [f"line {number:04}" for number in range(1000)]
+    cut = described("\n".join(lines)).splitlines()
+    assert len("\n".join(cut)) <= 5000  # the least that servers take
+    assert (cut[0], cut[-2:]) == ("```", ["…", "```"])
+    assert cut[1:-2] == lines[: len(cut) - 3]
+    assert len(cut) > 400
+    mlflow.MlflowClient().set_tag(run, "mlflow.note.content", "the best of March")
+    assert described("another table") == "the best of March"
+
+
 def test_a_server_is_looked_at_where_it_is() -> None:
     assert track.view("http://mlflow:5000") == "http://mlflow:5000"
     assert track.view("sqlite:////runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"

@@ -189,8 +189,9 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
         for unit in study.units(recipe, wanted):
             name = "-".join(unit.values())
             _once(named, name, lambda unit=unit, name=name: _log_unit(named, run_id, unit, name, found))  # type: ignore[misc]
-        _log_files(named, ("space.json", "summary.json", "results.csv", "report.html"))
-    say(study_report.table(found["accuracy"]))
+        table = study_report.table(found["accuracy"])
+        _log_files(named, ("space.json", "summary.json", "results.csv", "report.html"), table)
+    say(table)
     say(next_steps(time.monotonic() - started, study_report.next_steps(named.folder, track.view(track.uri_of(named)))))
 
 
@@ -222,8 +223,9 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
             rows = searching.run(search, wanted, run_id)
             findings.write(recipe, search, wanted, rows)
             track.log_metrics(findings.as_metrics(wanted, rows))
-            _log_files(search, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"))
-    say(findings.table(wanted, rows))
+            table = findings.table(wanted, rows)
+            _log_files(search, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"), table)
+    say(table)
     say(next_steps(time.monotonic() - started, findings.next_steps(search, track.view(track.uri_of(search)))))
 
 
@@ -314,13 +316,15 @@ def _report(recipe: Recipe, run_id: str) -> None:
     from xdist import report
 
     report.write(recipe, run_id)
-    _log_files(recipe, ("recipe.yaml", "plan.json", "report.json", "report.html"))
+    table = report.table(recipe, files.read_json(f"{recipe.folder}/evaluation.json"))
+    _log_files(recipe, ("recipe.yaml", "plan.json", "report.json", "report.html"), table)
 
 
-def _log_files(recipe: Recipe, names: tuple[str, ...]) -> None:
-    """Keep files of the run's folder, and its plots, in MLflow."""
+def _log_files(recipe: Recipe, names: tuple[str, ...], table: str) -> None:
+    """Keep the results, files of the run's folder, and its plots, in MLflow."""
     from xdist import track
 
+    track.describe(table)
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             path = os.path.join(scratch, name)
