@@ -29,8 +29,8 @@ def settle(recipe: Recipe) -> None:
 
     files.hold(f"{recipe.folder}/lock")
     uri = f"{recipe.folder}/recipe.yaml"
-    settings = recipe.model_dump(mode="json")
-    differences = differing(yaml.safe_load(files.read(uri)), settings) if files.exists(uri) else []
+    settings, begun = recipe.model_dump(mode="json"), files.exists(uri)
+    differences = differing(yaml.safe_load(files.read(uri)), settings) if begun else []
     if differences and files.exists(f"{recipe.folder}/mlflow.json"):
         listed = "\n  ".join(differences)
         raise Refused(
@@ -38,10 +38,12 @@ def settle(recipe: Recipe) -> None:
             f"Give this one another name (--run.name …), or delete {recipe.folder}"
         )
     if differences:
-        say(f"prepare   the recipe of run {recipe.run.name} changed before anything was trained; it begins anew")
+        say(f"run       {recipe.run.name} begins anew in {recipe.folder}: its recipe changed before anything was trained")
         for name in BEFORE_TRAINING:
             files.remove(f"{recipe.folder}/{name}")
-    if differences or not files.exists(uri):
+    else:
+        say(f"run       {recipe.run.name} {'goes on' if begun else 'begins'} in {recipe.folder}")
+    if differences or not begun:
         files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
 
 
