@@ -41,6 +41,11 @@ RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
         ("run: {storage: 's3://key:secret@bucket/x'}", r"run\.storage holds a password"),
         ("data: {corpora: [{name: a, path: 'ftp://me:secret@host/x'}]}", r"data\.corpora\.a\.path holds a password"),
         ("evaluate: {tasks: [{name: t, kind: sts, test: 'ftp://me:secret@host/{lang}'}]}", r"evaluate\.tasks\.t\.test holds a password"),
+        (
+            "data: {corpora: [{name: a, path: x, wieght: 2}]}",
+            r"data\.corpora\.a\.wieght: unknown key; did you mean data\.corpora\.a\.weight\?",
+        ),
+        ("data: {corpora: [{name: a, path: x, where: {day: 2024-13-45}}]}", "is not valid YAML"),
         ("_env_file: /etc/passwd", "_env_file: unknown key"),
         ("_cli_parse_args: true", "_cli_parse_args: unknown key"),
         ("1: {}", "1: unknown key"),
@@ -65,9 +70,9 @@ RETRIEVAL = "name: t, kind: retrieval, test: 'x.{lang}.tsv'"
         ('run: {name: "a\\n"}', r"run\.name: "),
         ("run: {name: store}", r"run\.name: 'store' is the name of something else in run\.storage"),
         ("run: {name: mlflow.db}", r"run\.name: 'mlflow\.db'"),
-        ("data: {corpora: [{name: a/b, path: x}]}", r"data\.corpora\.0\.name"),
+        ("data: {corpora: [{name: a/b, path: x}]}", r"data\.corpora\.a/b\.name"),
         ("data: {corpora: [{name: a, path: x}, {name: a, path: y}]}", "two corpora are called 'a'"),
-        ("data: {corpora: [{name: a}]}", r"data\.corpora\.0\.path: Field required"),
+        ("data: {corpora: [{name: a}]}", r"data\.corpora\.a\.path: Field required"),
         ("data: {corpora: [{name: a, path: x, shares_ids_with: [t], id: id}]}", r"data\.corpora\.a\.shares_ids_with: no task 't'"),
         ("data: {corpora: [{name: a, path: x, format: moses}]}", "format moses needs target_path"),
         ("data: {corpora: [{name: a, path: x, format: csv, target_path: y}]}", "target_path belongs to format moses"),
@@ -156,44 +161,81 @@ def test_the_command_line_overrides_by_dotted_name(tmp_path: Path, argv: list[st
     assert found.train.warmup_steps == 7
 
 
+ENTRIES = """
+data: {corpora: [{name: a, path: x}, {name: a.b, path: y}]}
+evaluate: {tasks: [{name: t, kind: sts, test: 'z.{lang}'}]}
+train: {loss: {similarity: 3}}
+"""
+
+
 @pytest.mark.parametrize(
     ("argv", "key", "expected"),
     [
         (["--train.loss.mse", "2e-1"], "train.loss", {"similarity": 3, "mse": 0.2}),
         (["--train.loss.mse=2", "--train.loss", "cosine=1"], "train.loss", {"cosine": 1, "mse": 2}),
-        (["--data.corpora.a.b.weight", "5"], "data.corpora", [("a", 1), ("a.b", 5)]),
-        (["--evaluate.tasks.t.shots", "[8, 32]"], "evaluate.tasks", [("t", [8, 32])]),
+        (["--data.corpora.a.b.weight", "5", "--data.corpora.a.weight", "6", "--data.corpora.a.weight", "7"], "weight", [7, 5]),
+        (["--data.corpora.a.path", "{recipe}/p=q-{lang}.tsv"], "path", ["HERE/p=q-{lang}.tsv", "y"]),
+        (["--data.corpora.a.target", "2024"], "target", ["2024", "target"]),
+        (["--data.corpora.a.target=--x"], "target", ["--x", "target"]),
+        (["--data.corpora.a.languages", "es,de"], "languages", [["es", "de"], None]),
+        (["--data.corpora.a.languages", "[es]", "--data.corpora.a.b.languages", "fr"], "languages", [["es"], ["fr"]]),
+        (["--data.corpora.a.max_rows", "5", "--data.corpora.a.max_rows", "None"], "max_rows", [None, None]),
+        (["--data.corpora.a.where.split", "train"], "where", [{"split": "train"}, {}]),
+        (["--evaluate.tasks.t.shots", "8,32"], "evaluate.tasks", [("t", [8, 32])]),
     ],
 )
 def test_named_entries_are_overridden_by_their_name(tmp_path: Path, argv: list[str], key: str, expected: Any) -> None:
     """Before the recipe or behind it; the entries beside it stay."""
-    text = "data: {corpora: [{name: a, path: x}, {name: a.b, path: y}]}\nevaluate: {tasks: [{name: t, kind: sts, test: 'z.{lang}'}]}\n"
-    file = recipe(tmp_path, text + "train: {loss: {similarity: 3}}")
+    file = recipe(tmp_path, ENTRIES)
     for arguments in ([*argv, file], [file, *argv]):
         found, _ = recipes.parse(arguments, "")
-        value: Any = {
-            "train.loss": found.train.loss,
-            "data.corpora": [(corpus.name, corpus.weight) for corpus in found.data.corpora],
-            "evaluate.tasks": [(task.name, task.shots) for task in found.evaluate.tasks],
-        }[key]
-        assert value == expected
+        value: Any = [getattr(corpus, key, None) for corpus in found.data.corpora]
+        if key == "train.loss":
+            value = found.train.loss
+        elif key == "evaluate.tasks":
+            value = [(task.name, task.shots) for task in found.evaluate.tasks]
+        assert value == ([text.replace("HERE", str(tmp_path)) for text in expected] if key == "path" else expected)
+
+
+def test_an_override_by_name_may_mend_the_recipe(tmp_path: Path) -> None:
+    found = parse(tmp_path, "--data.corpora.a.path", "x", "--train.loss.mse", "1", text="data: {corpora: [{name: a}]}")
+    assert found.data.corpora[0].path == "x"
+    assert found.train.loss == Recipe().train.loss | {"mse": 1}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--train.loss.mes", "1"], r"command line: train\.loss: unknown loss 'mes'; did you mean mse"),
-        (["--train.loss.mse", "much"], r"command line: train\.loss\.mse: Input should be a valid number"),
-        (["--train.loss.mse"], r"command line: train\.loss\.mse: "),
-        (["--train.loss.mse", "[1"], r"command line: train\.loss\.mse: '\[1' is not valid YAML"),
-        (["--data.corpora.b.weight", "1"], r"command line: data\.corpora\.b\.weight: no such entry; there are a"),
-        (["--data.corpora.a.wieght", "1"], r"command line: data\.corpora\.0\.wieght: unknown key; did you mean"),
-        (["--data.corpora.a.weight", "-1"], r"command line: data\.corpora\.0\.weight: Input should be greater than 0"),
+        (["--train.loss.mes", "1"], r"train\.loss: unknown loss 'mes'; did you mean mse"),
+        (["--train.loss.mse", "much"], r"train\.loss\.mse: Input should be a valid number"),
+        (["--train.loss.mse"], r"command line: train\.loss\.mse needs a value"),
+        (["--train.loss.mse="], r"command line: train\.loss\.mse needs a value"),
+        (["--data.corpora.a.max_rows", "--plan"], r"command line: data\.corpora\.a\.max_rows needs a value"),
+        (["--data.corpora.a.languages", "[es"], r"command line: data\.corpora\.a\.languages: '\[es' is no list; write a,b"),
+        (["--data.corpora.c.weight", "1"], r"command line: data\.corpora\.c\.weight: no such entry; there are a, a\.b$"),
+        (["--evaluate.tasks.t", "1"], r"command line: evaluate\.tasks\.t: name one of its keys"),
+        (["--data.corpora.a.b.wieght", "1"], r"data\.corpora\.a\.b\.wieght: unknown key; did you mean data\.corpora\.a\.b\.weight\?"),
+        (["--data.corpora.a.weight", "-1"], r"data\.corpora\.a\.weight: Input should be greater than 0"),
+        (["--data.corpora.a.weight.x", "1"], r"data\.corpora\.a\.weight"),
     ],
 )
-def test_named_entries_that_are_not_there_are_refused(tmp_path: Path, argv: list[str], message: str) -> None:
+def test_overrides_by_name_that_make_no_sense_are_refused(tmp_path: Path, argv: list[str], message: str) -> None:
     with pytest.raises(Refused, match=message):
-        parse(tmp_path, *argv, text="data: {corpora: [{name: a, path: x}]}")
+        recipes.parse([recipe(tmp_path, ENTRIES), *argv], "", {"plan": "stop"})
+
+
+def test_a_recipe_without_entries_has_none_to_override(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"data\.corpora\.a\.weight: no such entry; there are none"):
+        parse(tmp_path, "--data.corpora.a.weight", "1")
+
+
+def test_help_tells_every_key_of_a_corpus_and_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipes.parse(["--help"], "")
+    told = capsys.readouterr().out
+    assert {f"  --data.corpora.NAME.{key}" for key in config.Corpus.model_fields if key != "name"} <= set(told.splitlines())
+    assert {f"  --evaluate.tasks.NAME.{key}" for key in config.Task.model_fields if key != "name"} <= set(told.splitlines())
+    assert "\n  --train.loss.NAME\n                        Weight of this loss term: cosine, " in told
 
 
 @pytest.mark.parametrize(

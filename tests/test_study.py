@@ -99,6 +99,9 @@ def in_mlflow(recipe: Recipe, folder: str, rows: list[dict[str, str]]) -> None:
     wanted = {int(row["size"]): np.mean([float(r["accuracy"]) for r in mine if r["size"] == row["size"]]) for row in mine}
     assert found == pytest.approx(wanted)
     assert sorted(found) == [0, 4, 8, 16, 30, 40]
+    german = client.get_run(parent).data.tags["mlflow.note.content"].split("\n  de ")[1:]
+    (line,) = [line.partition("\n")[0] for line in german if "before" in line.partition("\n")[0]]
+    assert line.split()[-6:] == [f"{100 * wanted[size]:.1f}" for size in sorted(wanted)]
 
 
 def test_full_fine_tuning_on_the_same_samples(finished: Recipe, tmp_path: Path, ray_cluster: None) -> None:

@@ -14,12 +14,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
+from xdist import overrides
 from xdist.config import Recipe, absolute, closest
 from xdist.errors import Refused
-
-NAMED = ("--train.loss.", "--data.corpora.", "--evaluate.tasks.")  # sections whose entries have names of the user's choice
-EPILOG = """Entries are reached by their names, with values in YAML:
-  --train.loss.mse 2   --data.corpora.terms.weight 5   --evaluate.tasks.topic.shots '[8, 32]'"""
 
 
 def parse(
@@ -31,7 +28,10 @@ def parse(
     Raises Refused when the recipe is missing, not YAML, or wrong; argparse itself ends the program for unknown options.
     """
     parser = argparse.ArgumentParser(
-        description=description.strip(), epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description.strip(),
+        epilog=overrides.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for name, help_text in (before or {}).items():
         parser.add_argument(name, help=help_text)
@@ -39,34 +39,15 @@ def parse(
     for name, help_text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
     cli: CliSettingsSource[Any] = CliSettingsSource(Recipe, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
-    others, named = _named(argv)
+    others, named = overrides.taken(argv)
     args = parser.parse_args(others)
     try:
-        overrides = cli(parsed_args=args)()
+        given = cli(parsed_args=args)()
     except (SettingsError, ValueError) as error:
         raise Refused(
             f'command line: {error.__cause__ or error}; write lists as a,b or \'["a", "b"]\' and mappings as \'{{"key": 1}}\''
         ) from None
-    return load(args.recipe, overrides, named), args
-
-
-def _named(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The other arguments, and the values given to NAMED entries by dotted key. argparse cannot know these options: their names are
-    the recipe's."""
-    others: list[str] = []
-    found: dict[str, Any] = {}
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument.startswith(NAMED):
-            key, equals, value = argument.removeprefix("--").partition("=")
-            given = value if equals else next(arguments, "")
-            try:
-                found[key] = yaml.load(given, _StrictLoader)
-            except yaml.YAMLError as error:
-                raise Refused(f"command line: {key}: {given!r} is not valid YAML: {error}") from None
-        else:
-            others.append(argument)
-    return others, found
+    return load(args.recipe, given, named), args
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -89,7 +70,7 @@ def read_yaml(path: str | os.PathLike[str], what: str, examples: str) -> dict[st
         raise Refused(f"{what} {path} does not exist; {examples} holds examples") from None
     except OSError as error:
         raise Refused(f"{what} {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date of a thirteenth month is a ValueError, and so is text that is no UTF-8
         raise Refused(f"{what} {path} is not valid YAML: {error}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
@@ -105,13 +86,17 @@ def _text(path: str) -> str:
     return files.read(path).decode()
 
 
-def load(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None, named: dict[str, Any] | None = None) -> Recipe:
+def load(path: str | os.PathLike[str], given: dict[str, Any] | None = None, named: dict[str, Any] | None = None) -> Recipe:
     """A recipe file, with overrides as a nested dictionary, and then values of named entries by dotted key."""
-    settings = _merged(read_yaml(path, "recipe", "recipes/"), overrides or {})
+    settings = _merged(read_yaml(path, "recipe", "recipes/"), given or {})
+    if named:
+        settings = _merged({"train": {"loss": Recipe().train.loss}, "data": {"corpora": []}, "evaluate": {"tasks": []}}, settings)
+    for key, value in (named or {}).items():
+        overrides.put(settings, key, value, "command line")
     own: dict[str, Any] = {"run": {"recipe_folder": os.path.dirname(absolute(str(path)))}}
     if server := os.environ.get("MLFLOW_TRACKING_URI"):  # resolved here: workers may not have it
         own["track"] = {"uri": server}
-    recipe = applied(check(_merged(own, settings), str(path)), named or {}, "command line")
+    recipe = check(_merged(own, settings), str(path))
     return _anchored(_placed(recipe.model_dump(), "{recipe}", recipe.run.recipe_folder))
 
 
@@ -143,7 +128,7 @@ def check(settings: dict[str, Any], origin: str) -> Recipe:
     try:
         recipe = Recipe(**settings)
     except ValidationError as error:
-        raise Refused("\n".join(explained(error, origin, [key for key, _ in flatten(Recipe().model_dump())]))) from None
+        raise Refused("\n".join(explained(error, origin, [key for key, _ in flatten(Recipe().model_dump())], settings))) from None
     for key, value in flatten(recipe.model_dump()):
         if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
             raise Refused(
@@ -158,29 +143,8 @@ def applied(recipe: Recipe, changes: dict[str, Any], origin: str = "trial") -> R
     not there."""
     settings = recipe.model_dump()
     for key, value in changes.items():
-        _put(settings, key, value, origin, key)
+        overrides.put(settings, key, value, origin)
     return check(settings, origin)
-
-
-def _put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str) -> None:
-    first, _, rest = key.partition(".")
-    inside = settings.get(first)
-    if not rest:
-        settings[first] = value
-    elif isinstance(inside, dict):
-        _put(inside, rest, value, origin, whole)
-    elif isinstance(inside, list) and inside and all(isinstance(entry, dict) and "name" in entry for entry in inside):
-        found = [entry for entry in inside if rest.startswith(f"{entry['name']}.")]
-        if not found:
-            raise Refused(
-                f"{origin}: {whole}: no such entry; there are {', '.join(entry['name'] for entry in inside)}, each with keys of its own"
-            )
-        entry = max(found, key=lambda entry: len(entry["name"]))  # one name may begin with another
-        _put(entry, rest.removeprefix(f"{entry['name']}."), value, origin, whole)
-    elif first in settings:
-        raise Refused(f"{origin}: {whole}: {first} has no keys of its own")
-    else:
-        settings[first] = {rest: value}  # left to the recipe's own check, which knows what was probably meant
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -221,13 +185,28 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def explained(error: ValidationError, origin: str, known: list[str]) -> Iterator[str]:
-    """One line for each mistake: `origin`, the key and what is wrong with it. `known` are the keys that there are."""
+def explained(error: ValidationError, origin: str, known: list[str], settings: dict[str, Any] | None = None) -> Iterator[str]:
+    """One line for each mistake: `origin`, the key and what is wrong with it. `known` are the keys that there are; `settings`, those
+    that were checked, tell the names of entries."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = _key(problem["loc"], settings)
         message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key; {closest(key, known)}"
+            entry, model = key.rpartition(".")[0], overrides.ENTRIES.get(".".join(map(str, problem["loc"][:2])))
+            message = f"unknown key; {closest(key, [f'{entry}.{name}' for name in model.model_fields] if model else known)}"
         elif isinstance(problem["input"], bool) and problem["type"] == "string_type":
             message += f"; YAML reads {'yes, on' if problem['input'] else 'no, off'} as a truth value: put it in quotes"
         yield f"{origin}: {key}: {message}" if key else f"{origin}: {message}"
+
+
+def _key(place: Sequence[str | int], settings: Any) -> str:
+    """A place in settings as a dotted key, with named entries of lists by their name."""
+    parts = []
+    for part in place:
+        try:
+            settings = settings[part]
+        except (KeyError, IndexError, TypeError):
+            settings = None
+        named = isinstance(part, int) and isinstance(settings, dict) and "name" in settings
+        parts.append(str(settings["name"] if named else part))
+    return ".".join(parts)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -18,7 +19,7 @@ from xdist.config import Recipe
 from xdist.errors import Refused
 
 LIMIT = 500  # characters of a parameter's value
-NOTE, FENCE, MOST_DESCRIBED = "mlflow.note.content", "```\n", 4900  # a run's description: its tag, how ours begins, its characters
+NOTE, OURS, MOST_DESCRIBED = "mlflow.note.content", re.compile(r"```\n[^`]*\n```"), 4900  # a run's description: tag, form, characters
 Point = tuple[str, float, int, int]  # metric, value, milliseconds, step
 
 
@@ -201,17 +202,18 @@ def log_metrics(metrics: dict[str, float]) -> None:
 
 
 def describe(table: str) -> None:
-    """A table in plain text as the active run's description, the first thing on its page; what a person wrote there stays. A table that
-    is longer than any MLflow takes is cut behind a line."""
+    """A table in plain text as the active run's description, the first thing on its page; what a person wrote or added there stays. A
+    table that is longer than every MLflow takes is cut behind a line."""
     import mlflow
 
     client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id  # type: ignore[union-attr]
-    if not client.get_run(run_id).data.tags.get(NOTE, FENCE).startswith(FENCE):
+    before = client.get_run(run_id).data.tags.get(NOTE)
+    if before and not OURS.fullmatch(before):
         return
     text = table.strip("\n")
     if len(text) > MOST_DESCRIBED:
-        text = text[:MOST_DESCRIBED].rpartition("\n")[0] + "\n…"
-    client.set_tag(run_id, NOTE, f"{FENCE}{text}\n```")
+        text = text[:MOST_DESCRIBED].rpartition("\n")[0] + "\n… the rest is in report.html"
+    client.set_tag(run_id, NOTE, f"```\n{text}\n```")
 
 
 def log_artifacts(paths: list[str]) -> None:
