@@ -2,7 +2,6 @@
 They come from the command line, whose parser cannot know such options, or from a search space.
 """
 
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -58,9 +57,9 @@ def _read(key: str, value: str) -> Any:
 
 
 def _is_list(key: str) -> bool:
-    models = [model for section, model in ENTRIES.items() if key.startswith(f"{section}.")]
-    kinds = [str(field.annotation) for model in models for name, field in model.model_fields.items() if name == key.rpartition(".")[2]]
-    return any(re.match(r"list\[", kind) for kind in kinds)
+    model = next((model for section, model in ENTRIES.items() if key.startswith(f"{section}.")), None)
+    field = model.model_fields.get(key.rpartition(".")[2]) if model else None
+    return field is not None and str(field.annotation).startswith("list[")
 
 
 def put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str = "") -> None:
