@@ -162,7 +162,7 @@ def test_the_command_line_overrides_by_dotted_name(tmp_path: Path, argv: list[st
 
 
 ENTRIES = """
-data: {corpora: [{name: a, path: x}, {name: a.b, path: y}]}
+data: {corpora: [{name: a, path: x, weight: 1, where: &w {kind: case}}, {name: a.b, path: y, where: *w}]}
 evaluate: {tasks: [{name: t, kind: sts, test: 'z.{lang}'}]}
 train: {loss: {similarity: 3}}
 """
@@ -177,10 +177,14 @@ train: {loss: {similarity: 3}}
         (["--data.corpora.a.path", "{recipe}/p=q-{lang}.tsv"], "path", ["HERE/p=q-{lang}.tsv", "y"]),
         (["--data.corpora.a.target", "2024"], "target", ["2024", "target"]),
         (["--data.corpora.a.target=--x"], "target", ["--x", "target"]),
-        (["--data.corpora.a.languages", "es,de"], "languages", [["es", "de"], None]),
+        (["--data.corpora.a.languages", "es, de"], "languages", [["es", "de"], None]),
         (["--data.corpora.a.languages", "[es]", "--data.corpora.a.b.languages", "fr"], "languages", [["es"], ["fr"]]),
         (["--data.corpora.a.max_rows", "5", "--data.corpora.a.max_rows", "None"], "max_rows", [None, None]),
-        (["--data.corpora.a.where.split", "train"], "where", [{"split": "train"}, {}]),
+        (["--data.corpora.a.path", "[0-9]*.tsv"], "path", ["[0-9]*.tsv", "y"]),
+        (["--data.corpora.a.where.split", "[dev, train]"], "where", [{"kind": "case", "split": ["dev", "train"]}, {"kind": "case"}]),
+        (["--data.corpora.a.where.year", "2024"], "where", [{"kind": "case", "year": "2024"}, {"kind": "case"}]),
+        (["--data.corpora.a.where", "{split: dev}"], "where", [{"split": "dev"}, {"kind": "case"}]),
+        (["--data.corpora.a.codes.es", "es-MX"], "codes", [{"es": "es-MX"}, {}]),
         (["--evaluate.tasks.t.shots", "8,32"], "evaluate.tasks", [("t", [8, 32])]),
     ],
 )
@@ -211,12 +215,12 @@ def test_an_override_by_name_may_mend_the_recipe(tmp_path: Path) -> None:
         (["--train.loss.mse"], r"command line: train\.loss\.mse needs a value"),
         (["--train.loss.mse="], r"command line: train\.loss\.mse needs a value"),
         (["--data.corpora.a.max_rows", "--plan"], r"command line: data\.corpora\.a\.max_rows needs a value"),
-        (["--data.corpora.a.languages", "[es"], r"command line: data\.corpora\.a\.languages: '\[es' is no list; write a,b"),
+        (["--data.corpora.a.languages", "[es"], r"command line: data\.corpora\.a\.languages: '\[es' is not valid YAML; lists are a,b"),
         (["--data.corpora.c.weight", "1"], r"command line: data\.corpora\.c\.weight: no such entry; there are a, a\.b$"),
         (["--evaluate.tasks.t", "1"], r"command line: evaluate\.tasks\.t: name one of its keys"),
         (["--data.corpora.a.b.wieght", "1"], r"data\.corpora\.a\.b\.wieght: unknown key; did you mean data\.corpora\.a\.b\.weight\?"),
         (["--data.corpora.a.weight", "-1"], r"data\.corpora\.a\.weight: Input should be greater than 0"),
-        (["--data.corpora.a.weight.x", "1"], r"data\.corpora\.a\.weight"),
+        (["--data.corpora.a.weight.x", "1"], r"command line: data\.corpora\.a\.weight\.x: weight has no keys of its own"),
     ],
 )
 def test_overrides_by_name_that_make_no_sense_are_refused(tmp_path: Path, argv: list[str], message: str) -> None:
@@ -235,7 +239,7 @@ def test_help_tells_every_key_of_a_corpus_and_a_task(capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert {f"  --data.corpora.NAME.{key}" for key in config.Corpus.model_fields if key != "name"} <= set(told.splitlines())
     assert {f"  --evaluate.tasks.NAME.{key}" for key in config.Task.model_fields if key != "name"} <= set(told.splitlines())
-    assert "\n  --train.loss.NAME\n                        Weight of this loss term: cosine, " in told
+    assert "\n  --train.loss.NAME\n                        Weight of a loss term (cosine, " in told
 
 
 @pytest.mark.parametrize(

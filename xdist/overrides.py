@@ -17,7 +17,7 @@ OPTIONS = ("--train.loss.", *(f"--{section}." for section in ENTRIES))
 
 def help_text() -> str:
     """Every option of this kind, as argparse would list it."""
-    fields = [("train.loss.NAME", f"Weight of this loss term: {', '.join(LOSSES)}.")]
+    fields = [("train.loss.NAME", f"Weight of a loss term ({', '.join(LOSSES)}); 0 leaves it out.")]
     for section, model in ENTRIES.items():
         fields += [(f"{section}.NAME.{key}", field.description or "") for key, field in model.model_fields.items() if key != "name"]
     indent = " " * 24
@@ -37,7 +37,7 @@ def taken(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             key, equals, value = argument.removeprefix("--").partition("=")
             value = value if equals else next(arguments, "")
             if not value or (value.startswith("--") and not equals):
-                raise Refused(f"command line: {key} needs a value; None takes one away, and --{key}=VALUE may begin with --")
+                raise Refused(f"command line: {key} needs a value (one that begins with -- is written --{key}=VALUE)")
             found[key] = _read(key, value)
         else:
             others.append(argument)
@@ -45,21 +45,26 @@ def taken(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read(key: str, value: str) -> Any:
-    """As for other options: None, lists as a,b or ["a", "b"], all else as it stands, which the recipe's own types read."""
+    """None, lists as a,b or ["a", "b"] and mappings as {"a": "b"} where the key takes such; all else stays text, as which the recipe's
+    own types read it. A value inside a mapping (where.split) may be a list in brackets."""
     if value == "None":
         return None
-    if value.startswith("["):
+    kind = _kind(key)
+    if value[0] in {"list[": "[", "dict[": "{", "": "["}.get(kind[:5], ""):
         try:
             return yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
-            raise Refused(f'command line: {key}: {value!r} is no list; write a,b or \'["a", "b"]\'') from None
-    return value.split(",") if _is_list(key) else value
+            raise Refused(f'command line: {key}: {value!r} is not valid YAML; lists are a,b or \'["a", "b"]\'') from None
+    return [part.strip() for part in value.split(",")] if kind.startswith("list[") else value
 
 
-def _is_list(key: str) -> bool:
+def _kind(key: str) -> str:
+    """The type of a corpus' or task's key, in words; none for a key inside one of its mappings."""
     model = next((model for section, model in ENTRIES.items() if key.startswith(f"{section}.")), None)
-    field = model.model_fields.get(key.rpartition(".")[2]) if model else None
-    return field is not None and str(field.annotation).startswith("list[")
+    above, _, last = key.rpartition(".")
+    if model is None or above.endswith((".where", ".codes")) or last not in model.model_fields:
+        return ""
+    return str(model.model_fields[last].annotation)
 
 
 def put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str = "") -> None:
@@ -69,9 +74,12 @@ def put(settings: dict[str, Any], key: str, value: Any, origin: str, whole: str 
     if not rest:
         settings[first] = value
     elif isinstance(inside, dict):
-        put(inside, rest, value, origin, whole)
-    elif isinstance(inside, list) and all(isinstance(entry, dict) and "name" in entry for entry in inside):
-        entry = _entry({str(entry["name"]): entry for entry in inside}, rest, f"{origin}: {whole}")
+        settings[first] = dict(inside)  # YAML's aliases are one object in many places
+        put(settings[first], rest, value, origin, whole)
+    elif isinstance(inside, list):
+        settings[first] = [dict(entry) if isinstance(entry, dict) else entry for entry in inside]
+        named = {str(entry["name"]): entry for entry in settings[first] if isinstance(entry, dict) and "name" in entry}
+        entry = _entry(named, rest, f"{origin}: {whole}")
         put(entry, rest.removeprefix(f"{entry['name']}."), value, origin, whole)
     elif first in settings:
         raise Refused(f"{origin}: {whole}: {first} has no keys of its own")

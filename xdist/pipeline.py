@@ -29,8 +29,8 @@ def settle(recipe: Recipe) -> None:
 
     files.hold(f"{recipe.folder}/lock")
     uri = f"{recipe.folder}/recipe.yaml"
-    settings, begun = recipe.model_dump(mode="json"), files.exists(uri)
-    differences = differing(yaml.safe_load(files.read(uri)), settings) if begun else []
+    settings = recipe.model_dump(mode="json")
+    differences = differing(yaml.safe_load(files.read(uri)), settings) if files.exists(uri) else []
     if differences and files.exists(f"{recipe.folder}/mlflow.json"):
         listed = "\n  ".join(differences)
         raise Refused(
@@ -38,12 +38,10 @@ def settle(recipe: Recipe) -> None:
             f"Give this one another name (--run.name …), or delete {recipe.folder}"
         )
     if differences:
-        say(f"run       {recipe.run.name} begins anew in {recipe.folder}: its recipe changed before anything was trained")
+        say(f"prepare   the recipe of run {recipe.run.name} changed before anything was trained; it begins anew")
         for name in BEFORE_TRAINING:
             files.remove(f"{recipe.folder}/{name}")
-    else:
-        say(f"run       {recipe.run.name} {'goes on' if begun else 'begins'} in {recipe.folder}")
-    if differences or not begun:
+    if differences or not files.exists(uri):
         files.write(uri, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
 
 
@@ -53,6 +51,7 @@ def _at_work(recipe: Recipe, tracked: bool = True, encodes: bool = True) -> Iter
     to MLflow, and if it `encodes` there must be room for a worker."""
     from xdist import preflight
 
+    say(f"run       {recipe.run.name} in {recipe.folder}")
     with cluster.connected(recipe.cluster), contextlib.ExitStack() as stack:
         if not files.is_local(recipe.run.storage):  # where it is, `settle` holds a lock
             stack.enter_context(cluster.held(recipe.folder))
@@ -179,8 +178,8 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
 
     started = time.monotonic()
     wanted = study.load(path, settings, recipe)
-    settle(recipe)
     _need_student(recipe)
+    settle(recipe)
     named = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": f"{recipe.run.name}-{wanted.name}"})})
     files.hold(f"{named.folder}/lock")
     students = {name: f"{recipe.run.storage}/{name}/student/model.safetensors" for name in (recipe.run.name, *wanted.task_runs.values())}
@@ -264,8 +263,8 @@ def evaluate(recipe: Recipe) -> None:
     """Measure a trained run anew, and write its report."""
     from xdist import report, track
 
-    settle(recipe)
     _need_student(recipe)
+    settle(recipe)
     with _at_work(recipe), track.run(recipe, "evaluate") as run_id:
         rows = _evaluate(recipe, run_id, anew=True)
     say(report.table(recipe, rows))
@@ -275,8 +274,8 @@ def write_report(recipe: Recipe) -> None:
     """Write the report of a finished run again."""
     from xdist import track
 
-    settle(recipe)
     _need_student(recipe)
+    settle(recipe)
     if not files.exists(f"{recipe.folder}/evaluation.json"):
         raise Refused(f"run {recipe.run.name} has not been evaluated yet; run jobs/evaluate.py first")
     with track.run(recipe, "report") as run_id:
