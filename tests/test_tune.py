@@ -86,7 +86,7 @@ def test_a_search_from_corpus_to_best_recipe(
     assert parent.data.metrics["search/trials"] == 4
     assert parent.data.metrics["search/steps"] == 32
     described = parent.data.tags["mlflow.note.content"].splitlines()
-    assert described[1].split() == ["trial", "lr", "sample", "steps", "selection", "accuracy"]
+    assert described[1].split() == ["trial", "sample", "lr", "steps", "selection", "accuracy"]
     assert [line.split()[0] for line in described[2:6]] == [row["trial"] for row in rows]
     found = by_settings(children(search))
     assert found.keys() == {(str(lr), str(sample)) for lr, sample in settings}
