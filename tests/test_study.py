@@ -204,7 +204,8 @@ def test_sizes_that_no_task_suffices_for_are_refused(finished: Recipe, tmp_path:
 
 def test_a_study_needs_a_finished_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"has no student in .* yet; run jobs/distill\.py first"):
-        pipeline.tune(make_recipe(), as_file(tmp_path))
+        pipeline.tune(recipe := make_recipe(), as_file(tmp_path))
+    assert not Path(recipe.folder).exists()
 
 
 def some(method: str, sizes: dict[int, list[float]], **keys: Any) -> list[dict[str, Any]]:

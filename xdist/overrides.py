@@ -50,7 +50,8 @@ def _read(key: str, value: str) -> Any:
     if value == "None":
         return None
     kind = _kind(key)
-    if value[0] in {"list[": "[", "dict[": "{", "": "["}.get(kind[:5], ""):
+    structured = "{" if kind.startswith("dict[") else "[" if not kind or kind.startswith("list[") else None
+    if value[0] == structured:
         try:
             return yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):

@@ -191,7 +191,7 @@ def _study(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
             name = "-".join(unit.values())
             _once(named, name, lambda unit=unit, name=name: _log_unit(named, run_id, unit, name, found))  # type: ignore[misc]
         table = study_report.table(found["accuracy"])
-        _log_files(named, ("space.json", "summary.json", "results.csv", "report.html"), table)
+        _log_results(named, table, ("space.json", "summary.json", "results.csv", "report.html"))
     say(table)
     say(next_steps(time.monotonic() - started, study_report.next_steps(named.folder, track.view(track.uri_of(named)))))
 
@@ -225,7 +225,7 @@ def _search(recipe: Recipe, path: str, settings: dict[str, Any]) -> None:
             findings.write(recipe, search, wanted, rows)
             track.log_metrics(findings.as_metrics(wanted, rows))
             table = findings.table(wanted, rows)
-            _log_files(search, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"), table)
+            _log_results(search, table, ("recipe.yaml", "space.json", "trials.json", "trials.csv", "best.yaml", "report.html"))
     say(table)
     say(next_steps(time.monotonic() - started, findings.next_steps(search, track.view(track.uri_of(search)))))
 
@@ -316,13 +316,13 @@ def _report(recipe: Recipe, run_id: str) -> None:
     """Write the report, and keep it in MLflow."""
     from xdist import report
 
-    report.write(recipe, run_id)
-    table = report.table(recipe, files.read_json(f"{recipe.folder}/evaluation.json"))
-    _log_files(recipe, ("recipe.yaml", "plan.json", "report.json", "report.html"), table)
+    found = report.write(recipe, run_id)
+    table = report.table(recipe, found["evaluation"])
+    _log_results(recipe, table, ("recipe.yaml", "plan.json", "report.json", "report.html"))
 
 
-def _log_files(recipe: Recipe, names: tuple[str, ...], table: str) -> None:
-    """Keep the results, files of the run's folder, and its plots, in MLflow."""
+def _log_results(recipe: Recipe, table: str, names: tuple[str, ...]) -> None:
+    """Keep the table of results, files of the run's folder, and its plots, in MLflow."""
     from xdist import track
 
     track.describe(table)

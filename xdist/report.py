@@ -52,14 +52,15 @@ def table(recipe: Recipe, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(recipe: Recipe, run_id: str) -> None:
-    """Write all of it."""
+def write(recipe: Recipe, run_id: str) -> dict[str, Any]:
+    """Write all of it; gives what it shows."""
     found = gather(recipe, run_id)
     files.write_json(f"{recipe.folder}/report.json", found)
     pictures = plots.draw(recipe, found)
     plots.write(recipe.folder, pictures)
     files.write(f"{recipe.folder}/report.html", html(recipe, found, pictures).encode())
     files.write(f"{recipe.folder}/student/README.md", model_card(recipe, found).encode())
+    return found
 
 
 def gather(recipe: Recipe, run_id: str) -> dict[str, Any]:
