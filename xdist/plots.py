@@ -285,7 +285,7 @@ def _keys(space: Space, rows: list[dict[str, Any]]) -> Figure | None:
         if not numeric:
             axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=8)
             axis.margins(x=0.2)
-        elif name in space.search and space.search[name].loguniform:
+        elif here and 0 < 10 * min(value for _, value in here) <= max(value for _, value in here):
             axis.set_xscale("log")
         axis.set_title(name)
     axes[0].set_ylabel(space.metric)

@@ -202,8 +202,8 @@ def log_metrics(metrics: dict[str, float]) -> None:
 
 
 def describe(table: str) -> None:
-    """A table in plain text as the active run's description, the first thing on its page, in place of an earlier table; where a person
-    wrote something else or more, that stays. It is cut at a line's end where some servers would not take it."""
+    """A table in plain text as the active run's description, which its page shows, in place of an earlier table; where a person wrote
+    something else or more, that stays. It is cut at a line's end where some servers would not take it."""
     import mlflow
 
     client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id  # type: ignore[union-attr]
