@@ -42,6 +42,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             yield json.loads(json.dumps(work(json.loads(json.dumps(item)), Quiet(), **arguments)))
 
     monkeypatch.setattr("xdist.cluster.stream", stream)
+    monkeypatch.setattr("xdist.cluster.cores", lambda: 2)
 
 
 @pytest.fixture
@@ -444,11 +445,15 @@ def test_shards_hold_some_ten_thousand_sentences_however_large_the_corpus(
     assert corpus._shard_count([{"path": "x.tsv"}, {"path": "x.tsv"}]) == expected
 
 
-def test_items_of_the_second_pass_cover_each_shard_once() -> None:
-    for shards in (1, 64, 128, 4096):
-        found = [shard for item in groups.items(shards) for shard in item["shards"]]
-        assert found == list(range(shards))
-    assert len(groups.items(4096)) == 256
+@pytest.mark.parametrize(
+    ("shards", "cores", "expected"), [(1, 2, 1), (8, 2, 8), (64, 2, 8), (64, 3, 13), (64, 16, 64), (4096, 2, 256), (4096, 256, 1024)]
+)
+def test_items_of_the_second_pass_cover_each_shard_once(shards: int, cores: int, expected: int) -> None:
+    """Four to a core or more, of 16 shards at most."""
+    items = groups.items(shards, cores)
+    assert [shard for item in items for shard in item["shards"]] == list(range(shards))
+    assert len(items) == expected
+    assert max(len(item["shards"]) for item in items) <= 16
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -6,6 +6,7 @@ travel through it.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from xdist import environ
 from xdist.config import Cluster
 from xdist.errors import Refused
 from xdist.progress import Progress, say
@@ -33,6 +35,9 @@ WORKERS = {
     "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=17179869184",
 }
 
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody announces that a machine of one's own will be taken away
+
 HELD_SECONDS = 20.0  # for which a job waits for a folder that another one holds: of a killed job, Ray ends the actors that soon
 
 
@@ -47,20 +52,11 @@ def connected(settings: Cluster) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _of_one_machine() -> Iterator[None]:
-    """Within it Ray is imported and started as on systems where it supports no clusters, and listens on 127.0.0.1 alone. It reads this
-    variable when it is first imported: a process that had imported it before is not changed. Children that are no part of this Ray
-    are not to inherit it, and a value of the user's own stands."""
-    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        del os.environ[name]
+def _of_one_machine() -> contextlib.AbstractContextManager[None]:
+    """Within it Ray is imported and started as on systems where it supports no clusters, and listens on 127.0.0.1 alone. It reads a
+    variable for that when it is first imported: a process that had imported it before is not changed, and a value of the user's own
+    stands. Workers inherit what they need: with a runtime environment instead, those that Ray starts in advance would be of no use."""
+    return environ.having(_environment() | ALONE | {ONE_MACHINE: os.environ.get(ONE_MACHINE, "0")})
 
 
 def _start(settings: Cluster, address: str | None, stack: contextlib.ExitStack) -> None:
@@ -84,7 +80,7 @@ def _start(settings: Cluster, address: str | None, stack: contextlib.ExitStack) 
                 address=address or "local",  # not any Ray that happens to run here
                 log_to_driver=settings.verbose,
                 logging_level=logging.INFO if settings.verbose else logging.ERROR,
-                runtime_env={"env_vars": _environment()},
+                runtime_env={"env_vars": _environment()} if address else None,
                 **local,
             )
         except ConnectionError as error:
@@ -266,49 +262,90 @@ def _as_long_as_the_driver() -> dict[str, Any]:
 
 
 class Board:
-    """An actor that work reports to while it runs; the driver reads it for progress."""
+    """An actor that work reports to while it runs; the driver reads it for progress. One serves all stages of a job, which follow each
+    other by number: what an earlier one's work still says is dropped."""
 
     def __init__(self) -> None:
+        self._begin(0)
+
+    def _begin(self, stage: int) -> None:
+        self.stage = stage
         self.counts: dict[str, tuple[int, float]] = {}
         self.lines: list[dict[str, Any]] = []
 
-    def count(self, key: str, value: int, share: float) -> None:
+    def _is_on(self, stage: int) -> bool:
+        if stage > self.stage:
+            self._begin(stage)
+        return stage == self.stage
+
+    def count(self, stage: int, key: str, value: int, share: float) -> None:
         """Set how much one unit of work has done so far, and what share of the whole stage that is."""
-        self.counts[key] = value, share
+        if self._is_on(stage):
+            self.counts[key] = value, share
 
-    def post(self, line: dict[str, Any]) -> None:
+    def post(self, stage: int, line: dict[str, Any]) -> None:
         """Add a line for the driver."""
-        self.lines.append(line)
+        if self._is_on(stage):
+            self.lines.append(line)
 
-    def read(self) -> tuple[int, float, list[dict[str, Any]]]:
-        """The sums of all counts and shares, and the lines since the last call."""
+    def read(self, stage: int) -> tuple[int, float, list[dict[str, Any]]]:
+        """The sums of all counts and shares of a stage, and its lines since the last call."""
+        if not self._is_on(stage):
+            return 0, 0.0, []
         lines, self.lines = self.lines, []
         return sum(value for value, _ in self.counts.values()), sum(share for _, share in self.counts.values()), lines
 
 
+class RemoteBoard:
+    """A stage's side of the Board, for its work: calls that return at once."""
+
+    def __init__(self, handle: Any, stage: int):
+        self.handle, self.stage, self.last = handle, stage, None
+
+    def count(self, key: str, value: int, share: float = 0.0) -> None:
+        """Set how much this unit of work has done so far, and what share of the whole stage that is."""
+        self.last = self.handle.count.remote(self.stage, key, value, share)
+
+    def arrived(self) -> None:
+        """Wait until the last count is there, so that it is when the work's result is."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.last, timeout=10) if self.last else None
+
+    def post(self, line: dict[str, Any]) -> None:
+        """Add a line for the driver."""
+        self.handle.post.remote(self.stage, line)
+
+
+_stages = itertools.count(1)
+
+
 @contextlib.contextmanager
-def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[Any]:
-    """A Board whose content goes to `handle` from a thread of the driver until the context ends."""
+def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[RemoteBoard]:
+    """A stage's board, whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
-    board: Any = ray.remote(Board).options(**_as_long_as_the_driver()).remote()
+    name, stage = f"board-{ray.get_runtime_context().get_job_id()}", next(_stages)
+    board: Any = ray.remote(Board).options(name=name, namespace="xdist", get_if_exists=True, **_as_long_as_the_driver()).remote()
     ended = threading.Event()
+
+    def read() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            handle(*ray.get(board.read.remote(stage), timeout=30))
 
     def follow() -> None:
         while not ended.wait(every):
-            with contextlib.suppress(ray.exceptions.RayError):
-                handle(*ray.get(board.read.remote(), timeout=30))
+            read()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield board
+        yield RemoteBoard(board, stage)
     finally:
         ended.set()
         thread.join(timeout=31)
-        with contextlib.suppress(ray.exceptions.RayError):
-            handle(*ray.get(board.read.remote(), timeout=30))
-        ray.kill(board)
+        read()
 
 
 def stream(
@@ -347,11 +384,11 @@ def stream(
             yield result
 
 
-def _task(batch: dict[str, Any], work: Callable[..., Item], board: Any, arguments: dict[str, Any]) -> dict[str, list[str]]:
-    return {"result": [_answer(work, item, RemoteBoard(board), **arguments) for item in batch["item"]]}
+def _task(batch: dict[str, Any], work: Callable[..., Item], board: RemoteBoard, arguments: dict[str, Any]) -> dict[str, list[str]]:
+    return {"result": [_answer(work, item, board, **arguments) for item in batch["item"]]}
 
 
-def _answer(work: Callable[..., Item], item: str, board: "RemoteBoard", **arguments: Any) -> str:
+def _answer(work: Callable[..., Item], item: str, board: RemoteBoard, **arguments: Any) -> str:
     """The result as JSON. A Refused travels as a result too: of an error's cause, Ray Data keeps only the text."""
     try:
         result = work(json.loads(item), board, **arguments)
@@ -362,8 +399,8 @@ def _answer(work: Callable[..., Item], item: str, board: "RemoteBoard", **argume
 
 
 class _Actor:
-    def __init__(self, make: Callable[..., Any], board: Any, arguments: dict[str, Any]):
-        self.board = RemoteBoard(board)
+    def __init__(self, make: Callable[..., Any], board: RemoteBoard, arguments: dict[str, Any]):
+        self.board = board
         try:
             self.work = make(**arguments)
         except Refused as error:
@@ -372,25 +409,3 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         return {"result": [_answer(self.work, item, self.board) for item in batch["item"]]}
-
-
-class RemoteBoard:
-    """The work's side of a Board: calls that return at once."""
-
-    def __init__(self, handle: Any):
-        self.handle, self.last = handle, None
-
-    def count(self, key: str, value: int, share: float = 0.0) -> None:
-        """Set how much this unit of work has done so far, and what share of the whole stage that is."""
-        self.last = self.handle.count.remote(key, value, share)
-
-    def arrived(self) -> None:
-        """Wait until the last count is there, so that it is when the work's result is."""
-        import ray
-
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.last, timeout=10) if self.last else None
-
-    def post(self, line: dict[str, Any]) -> None:
-        """Add a line for the driver."""
-        self.handle.post.remote(line)

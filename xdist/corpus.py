@@ -75,7 +75,8 @@ def prepare(recipe: Recipe) -> Prepared:
     grouped: list[Any] = []
     kept = sum(summary["rows"] - sum(summary["rejected"].values()) for summary in read)
     with Progress("group", "pairs", kept) as progress:
-        for result in cluster.stream(groups.items(shards), groups.group, progress, folder=folder, parts=parts) if parts else ():
+        items = groups.items(shards, cluster.cores()) if parts else []
+        for result in cluster.stream(items, groups.group, progress, folder=folder, parts=parts):
             grouped += result["shards"]
     prepared = _summary(recipe, shards, read, sorted(grouped, key=lambda result: result["shard"]))
     _check(recipe, prepared)

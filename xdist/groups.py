@@ -28,10 +28,11 @@ def shown(source: pa.Array, target: pa.Array) -> pa.Array:
     return pc.utf8_slice_codeunits(pc.binary_join_element_wise(source, target, " ⇥ "), 0, SHOWN)
 
 
-def items(shards: int) -> list[dict[str, Any]]:
-    """Items of work: several shards together where there are many, since each item opens every part."""
-    count = max(1, min(16, shards // 64))
-    return [{"shards": list(range(first, first + count))} for first in range(0, shards, count)]
+def items(shards: int, cores: int) -> list[dict[str, Any]]:
+    """Items of work: several shards together where there are many to a core, since each item opens every part, and Ray takes longer to
+    start one than a shard takes. No more than 16, which are in memory together."""
+    count = max(1, min(16, shards // (4 * cores)))
+    return [{"shards": list(range(first, min(first + count, shards)))} for first in range(0, shards, count)]
 
 
 def group(item: dict[str, Any], board: cluster.RemoteBoard, folder: str, parts: list[str]) -> dict[str, Any]:

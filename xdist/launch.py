@@ -184,7 +184,7 @@ def _train_here(config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
     meter = Meter(None, None)
     if rank == 0:
-        meter = Meter(cluster.RemoteBoard(config["board"]), track.Metrics(config["tracking_uri"], config["run_id"], recipe.folder), world)
+        meter = Meter(config["board"], track.Metrics(config["tracking_uri"], config["run_id"], recipe.folder), world)
 
     def report(score: float, accuracy: dict[str, float], step_: int, save: Callable[[str], None]) -> None:
         """Every rank reports as often as every other; rank 0 brings the checkpoint, which is uploaded while training goes on."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from xdist import files, recipes
+from xdist import environ, files, recipes
 from xdist.config import Recipe
 from xdist.errors import Refused
 
@@ -32,19 +32,9 @@ def uri_of(recipe: Recipe) -> str:
     return f"sqlite:///{recipe.run.storage.removeprefix('file://')}/mlflow.db"
 
 
-@contextlib.contextmanager
-def impatient() -> Iterator[None]:
+def impatient() -> contextlib.AbstractContextManager[None]:
     """Within it a server that does not answer is given up after seconds, not minutes."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    return environ.having({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"})
 
 
 def unreachable(uri: str) -> str:

@@ -1,0 +1,61 @@
+"""How work reports to the driver: one board for all stages of a job, by hand and through a real Ray."""
+
+from typing import Any
+
+import pytest
+
+from xdist import cluster
+from xdist.cluster import Board
+
+Seen = list[tuple[int, float, list[dict[str, Any]]]]
+
+
+def test_a_board_sums_the_work_of_its_stage_and_gives_each_line_once() -> None:
+    board = Board()
+    board.count(1, "a", 3, 0.25)
+    board.count(1, "b", 4, 0.5)
+    board.count(1, "a", 5, 0.3)  # in place of the 3
+    board.post(1, {"step": 1})
+    board.post(1, {"step": 2})
+    assert board.read(1) == (9, pytest.approx(0.8), [{"step": 1}, {"step": 2}])
+    assert board.read(1) == (9, pytest.approx(0.8), [])
+
+
+def test_the_next_stage_begins_at_nothing_and_does_not_hear_the_one_before() -> None:
+    board = Board()
+    board.count(1, "a", 3, 1.0)
+    board.post(1, {"step": 1})
+    assert board.read(2) == (0, 0, [])
+    board.count(1, "a", 4, 1.0)
+    board.post(1, {"step": 2})
+    board.count(2, "a", 7, 0.5)
+    assert board.read(1) == (0, 0, [])
+    assert board.read(2) == (7, 0.5, [])
+
+
+def test_stages_share_a_process_and_the_driver_sees_the_last_of_each(ray_cluster: None) -> None:
+    import ray
+
+    def report(board: cluster.RemoteBoard, value: int) -> None:
+        board.post({"value": value})
+        board.count("unit", value, value / 10)
+        board.arrived()
+
+    task: Any = ray.remote(report)
+    boards = []
+
+    def stage(values: list[int], straggler: cluster.RemoteBoard | None = None) -> Seen:
+        seen: Seen = []
+        with cluster.watched(lambda *found: seen.append(found)) as board:
+            boards.append(board)
+            if straggler:
+                ray.get(task.remote(straggler, 9))
+            for value in values:
+                ray.get(task.remote(board, value))
+        return seen
+
+    stages = [stage([4, 6])]
+    stages.append(stage([2, 3], straggler=boards[0]))
+    assert boards[0].handle == boards[1].handle
+    assert [seen[-1][:2] for seen in stages] == [(6, 0.6), (3, 0.3)]
+    assert [[line["value"] for found in seen for line in found[2]] for seen in stages] == [[4, 6], [2, 3]]
