@@ -33,6 +33,34 @@ def test_the_next_stage_begins_at_nothing_and_does_not_hear_the_one_before() -> 
     assert board.read(2) == (7, 0.5, [])
 
 
+class Recorded:
+    """A handle of an actor that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.count = self
+
+    def remote(self, *told: Any) -> None:
+        self.told.append(told)
+
+
+def test_counts_in_quick_succession_are_sent_as_one_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now[0])
+    handle = Recorded()
+    board = cluster.RemoteBoard(handle, 3)
+    for value in range(1, 6):  # at 100.0, 100.2, 100.4, 100.6, 100.8
+        board.count("a", value, value / 10)
+        now[0] += 0.2
+    assert handle.told == [(3, "a", 1, 0.1), (3, "a", 4, 0.4)]
+    board.count("b", 7, 1.0)  # of the next unit; what waited of the one before is sent first
+    assert handle.told[2:] == [(3, "a", 5, 0.5)]
+    board.arrived()
+    assert handle.told[3:] == [(3, "b", 7, 1.0)]
+    board.arrived()
+    assert len(handle.told) == 4
+
+
 def test_stages_share_a_process_and_the_driver_sees_the_last_of_each(ray_cluster: None) -> None:
     import ray
 

@@ -38,6 +38,7 @@ WORKERS = {
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody announces that a machine of one's own will be taken away
 
+SHOW_EVERY = 0.5  # seconds between looks at how far the work is, and between what it says of that
 HELD_SECONDS = 20.0  # for which a job waits for a folder that another one holds: of a killed job, Ray ends the actors that soon
 
 
@@ -297,19 +298,32 @@ class Board:
 
 
 class RemoteBoard:
-    """A stage's side of the Board, for its work: calls that return at once."""
+    """A stage's side of the Board, for its work: calls that return at once. A count waits until the last that was sent is SHOW_EVERY
+    old: each call is a task of Ray's, of which its head keeps a record."""
 
     def __init__(self, handle: Any, stage: int):
-        self.handle, self.stage, self.last = handle, stage, None
+        self.handle, self.stage = handle, stage
+        self.waiting: tuple[str, int, float] | None = None
+        self.last, self.sent = None, -math.inf
 
     def count(self, key: str, value: int, share: float = 0.0) -> None:
         """Set how much this unit of work has done so far, and what share of the whole stage that is."""
-        self.last = self.handle.count.remote(self.stage, key, value, share)
+        if self.waiting and self.waiting[0] != key:
+            self._send()
+        self.waiting = key, value, share
+        if time.monotonic() - self.sent >= SHOW_EVERY:
+            self._send()
+
+    def _send(self) -> None:
+        if self.waiting:
+            self.last, self.sent = self.handle.count.remote(self.stage, *self.waiting), time.monotonic()
+            self.waiting = None
 
     def arrived(self) -> None:
         """Wait until the last count is there, so that it is when the work's result is."""
         import ray
 
+        self._send()
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self.last, timeout=10) if self.last else None
 
@@ -322,7 +336,7 @@ _stages = itertools.count(1)
 
 
 @contextlib.contextmanager
-def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: float = 0.5) -> Iterator[RemoteBoard]:
+def watched(handle: Callable[[int, float, list[dict[str, Any]]], None]) -> Iterator[RemoteBoard]:
     """A stage's board, whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
@@ -335,7 +349,7 @@ def watched(handle: Callable[[int, float, list[dict[str, Any]]], None], every: f
             handle(*ray.get(board.read.remote(stage), timeout=30))
 
     def follow() -> None:
-        while not ended.wait(every):
+        while not ended.wait(SHOW_EVERY):
             read()
 
     thread = threading.Thread(target=follow, daemon=True)
