@@ -446,14 +446,17 @@ def test_shards_hold_some_ten_thousand_sentences_however_large_the_corpus(
 
 
 @pytest.mark.parametrize(
-    ("shards", "cores", "expected"), [(1, 2, 1), (8, 2, 8), (64, 2, 8), (64, 3, 13), (64, 16, 64), (4096, 2, 256), (4096, 256, 1024)]
-)
-def test_items_of_the_second_pass_cover_each_shard_once(shards: int, cores: int, expected: int) -> None:
-    """Four to a core or more, of 16 shards at most."""
-    items = groups.items(shards, cores)
+    ("shards", "pairs", "cores", "expected"),
+    [
+        (1, 100, 2, 1), (8, 10_000, 2, 8), (64, 1_000_000, 2, 8), (64, 1_000_000, 3, 13), (64, 1_000_000, 16, 64),
+        (4096, 40_000_000, 2, 256), (4096, 40_000_000, 256, 1024), (4096, 400_000_000, 2, 1024), (8, 40_000_000, 2, 8), (8, 0, 1, 4),
+    ],
+)  # fmt: skip
+def test_items_of_the_second_pass_cover_each_shard_once(shards: int, pairs: int, cores: int, expected: int) -> None:
+    """Four to a core or more, of 16 shards or 400,000 pairs at most."""
+    items = groups.items(shards, pairs, cores)
     assert [shard for item in items for shard in item["shards"]] == list(range(shards))
     assert len(items) == expected
-    assert max(len(item["shards"]) for item in items) <= 16
 
 
 @pytest.mark.usefixtures("ray_cluster")

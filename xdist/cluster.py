@@ -6,6 +6,7 @@ travel through it.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -27,7 +28,6 @@ Item = dict[str, Any]
 
 WORKERS = {
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # numbers that it does not take are kept, so there is no need to wait for minutes
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # kernels compiled for one shape of batch are still there when it comes again
     # Activations on huge pages that stay with the process: otherwise a step has the kernel clear its memory anew.
@@ -56,7 +56,8 @@ def connected(settings: Cluster) -> Iterator[None]:
 def _of_one_machine() -> contextlib.AbstractContextManager[None]:
     """Within it Ray is imported and started as on systems where it supports no clusters, and listens on 127.0.0.1 alone. It reads a
     variable for that when it is first imported: a process that had imported it before is not changed, and a value of the user's own
-    stands. Workers inherit what they need: with a runtime environment instead, those that Ray starts in advance would be of no use."""
+    stands. Ray's processes inherit what workers need: with a runtime environment instead, workers that it starts in advance would be of
+    no use."""
     return environ.having(_environment() | ALONE | {ONE_MACHINE: os.environ.get(ONE_MACHINE, "0")})
 
 
@@ -289,10 +290,10 @@ class Board:
         if self._is_on(stage):
             self.lines.append(line)
 
-    def read(self, stage: int) -> tuple[int, float, list[dict[str, Any]]]:
-        """The sums of all counts and shares of a stage, and its lines since the last call."""
+    def read(self, stage: int) -> tuple[int, float, list[dict[str, Any]]] | None:
+        """The sums of all counts and shares of a stage, and its lines since the last call; nothing once another has begun."""
         if not self._is_on(stage):
-            return 0, 0.0, []
+            return None
         lines, self.lines = self.lines, []
         return sum(value for value, _ in self.counts.values()), sum(share for _, share in self.counts.values()), lines
 
@@ -335,18 +336,27 @@ class RemoteBoard:
 _stages = itertools.count(1)
 
 
+@functools.cache
+def _board(head: str, job: str) -> Any:
+    """The Board of this job on the Ray with this head. It lives as long as this handle, which must be the one of its creation."""
+    import ray
+
+    return ray.remote(Board).options(**_as_long_as_the_driver()).remote()
+
+
 @contextlib.contextmanager
 def watched(handle: Callable[[int, float, list[dict[str, Any]]], None]) -> Iterator[RemoteBoard]:
     """A stage's board, whose content goes to `handle` from a thread of the driver until the context ends."""
     import ray
 
-    name, stage = f"board-{ray.get_runtime_context().get_job_id()}", next(_stages)
-    board: Any = ray.remote(Board).options(name=name, namespace="xdist", get_if_exists=True, **_as_long_as_the_driver()).remote()
+    here = ray.get_runtime_context()
+    board, stage = _board(here.gcs_address, here.get_job_id()), next(_stages)
     ended = threading.Event()
 
     def read() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            handle(*ray.get(board.read.remote(stage), timeout=30))
+            if found := ray.get(board.read.remote(stage), timeout=30):
+                handle(*found)
 
     def follow() -> None:
         while not ended.wait(SHOW_EVERY):

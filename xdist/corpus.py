@@ -31,6 +31,7 @@ PART_BYTES = 32 << 20
 SHARD_BYTES = 8 << 20  # of input, so that a shard holds some ten thousand sentences
 LEAST_SHARDS = 8  # so that several actors have work
 MOST_SHARDS = 1 << 14
+CLUSTER_CORES = 16  # that a cluster is taken to have at least: it may grow
 
 Counts = dict[str, int]
 Unit = dict[str, Any]
@@ -75,7 +76,8 @@ def prepare(recipe: Recipe) -> Prepared:
     grouped: list[Any] = []
     kept = sum(summary["rows"] - sum(summary["rejected"].values()) for summary in read)
     with Progress("group", "pairs", kept) as progress:
-        items = groups.items(shards, cluster.cores()) if parts else []
+        cores = max(cluster.cores(), CLUSTER_CORES if cluster.on_cluster(recipe.cluster) else 1)
+        items = groups.items(shards, kept, cores) if parts else []
         for result in cluster.stream(items, groups.group, progress, folder=folder, parts=parts):
             grouped += result["shards"]
     prepared = _summary(recipe, shards, read, sorted(grouped, key=lambda result: result["shard"]))

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 from xdist import cluster, files, text
 
 SHOWN = 500  # characters of a rejected row that are kept
+ITEM_SHARDS = 16
+ITEM_PAIRS = 400_000
 
 
 def write_rejects(uri: str, bad: pa.Table) -> None:
@@ -28,10 +30,10 @@ def shown(source: pa.Array, target: pa.Array) -> pa.Array:
     return pc.utf8_slice_codeunits(pc.binary_join_element_wise(source, target, " ⇥ "), 0, SHOWN)
 
 
-def items(shards: int, cores: int) -> list[dict[str, Any]]:
+def items(shards: int, pairs: int, cores: int) -> list[dict[str, Any]]:
     """Items of work: several shards together where there are many to a core, since each item opens every part, and Ray takes longer to
-    start one than a shard takes. No more than 16, which are in memory together."""
-    count = max(1, min(16, shards // (4 * cores)))
+    start one than a shard takes. They are in memory together: no more than ITEM_PAIRS or ITEM_SHARDS, though one at least."""
+    count = max(1, min(ITEM_SHARDS, shards // (4 * cores), ITEM_PAIRS * shards // max(1, pairs)))
     return [{"shards": list(range(first, min(first + count, shards)))} for first in range(0, shards, count)]
 
 
